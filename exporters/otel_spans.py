@@ -1,0 +1,280 @@
+"""Records to OpenTelemetry spans: request (SERVER), generation, prefill and decode steps.
+
+Spans are built as `ReadableSpan` with the IDs that the records carry (11 microseconds with the attributes of a full
+step; 28 to 37 through a tracer) and handed to `exporters.otlp_sender`, whose thread encodes them (120 microseconds
+each). What `ReadableSpan` skips is done here: sampling, limits, and times of children inside those of their parents
+(Jaeger marks every span that overhangs).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from typing import Final
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from exporters.otlp_sender import Sender, open_transport
+from exporters.span_attributes import (
+    Style,
+    Tally,
+    generation_attributes,
+    generation_failure,
+    request_attributes,
+    request_failure,
+    step_attributes,
+)
+from tracer import semconv
+from tracer.config import Settings
+from tracer.records import (
+    ArrayRecord,
+    EngineInfo,
+    GenerationEnd,
+    GenerationStart,
+    Record,
+    RequestSpan,
+    StepRecord,
+    WorkerEnd,
+)
+
+__all__ = ["OtelExporter"]
+
+WAITING: Final = 64
+"""Step spans of one generation are passed on when so many have gathered ..."""
+HELD_BACK: Final = 8
+"""... except the newest: async scheduling runs a step or two past the end, and they must never be seen."""
+MAX_REQUESTS: Final = 4096
+"""Parents whose request span has not come (an offline caller sends none): remembered so many."""
+SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
+
+
+@dataclass(slots=True)
+class _Generation:
+    """A sampled generation that has not ended."""
+
+    start: GenerationStart
+    context: SpanContext
+    waiting: list[StepRecord] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    """Step span IDs, only where several workers report the same step."""
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(slots=True)
+class _Family:
+    """The generations of one request, and its own span once that has come."""
+
+    running: int = 0
+    start_ns: int | None = None
+    end_ns: int = 0
+    span: RequestSpan | None = None
+
+
+class OtelExporter:
+    """Implements `tracer.export.Exporter`; with a dead collector nothing here waits longer than it is told to."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._enabled = settings.trace
+        self._max_steps = settings.steps
+        self._style = Style.of(settings)
+        self._sender = Sender(open_transport(settings))
+        scope = InstrumentationScope(semconv.SCOPE, _version(), semconv.SCHEMA_URL)
+        self._span = partial(ReadableSpan, resource=_resource(), instrumentation_scope=scope)
+        self._open: dict[str, _Generation] = {}
+        self._families: OrderedDict[str, _Family] = OrderedDict()
+        self._several_workers = False
+
+    @property
+    def dropped(self) -> int:
+        """Spans that will not arrive: the queue was full, or the collector did not take them."""
+        return self._sender.dropped
+
+    def export(self, record: Record, payload: memoryview) -> None:
+        """Take one record; never waits."""
+        if not self._enabled:
+            return
+        match record:
+            case StepRecord():
+                self._step(record)
+            case GenerationStart():
+                self._generation_start(record)
+            case GenerationEnd():
+                self._generation_end(record)
+            case RequestSpan():
+                self._request(record)
+            case ArrayRecord():
+                self._array(record)
+            case WorkerEnd():
+                self._worker_end(record)
+            case EngineInfo():
+                self._several_workers = self._several_workers or record.world_size > 1
+
+    def force_flush(self, timeout_s: float) -> bool:
+        """Send the spans that are finished; False if that took longer than `timeout_s` or the collector failed."""
+        return self._sender.flush(timeout_s)
+
+    def shutdown(self, timeout_s: float) -> bool:
+        """Send what is finished and stop; False if something was left after `timeout_s`."""
+        for family in self._families.values():
+            if family.span is not None:
+                self._emit_request(family.span, family)
+        self._families.clear()
+        self._open.clear()
+        return self._sender.close(timeout_s)
+
+    def _generation_start(self, record: GenerationStart) -> None:
+        if not record.sampled:
+            return
+        self._open[record.span_id] = _Generation(record, _context(record.trace_id, record.span_id))
+        if record.parent_span_id is not None:
+            family = self._families.setdefault(record.parent_span_id, _Family())
+            family.running += 1
+            family.start_ns = min(family.start_ns or record.start_ns, record.start_ns)
+
+    def _step(self, record: StepRecord) -> None:
+        item = self._open.get(record.span_id)
+        if item is None or not record.sampled:
+            return
+        if self._several_workers:
+            # Every rank reports the step under the same ID; the first one makes the span.
+            if record.step_span_id in item.seen:
+                item.tally.add(record.dropped)
+                return
+            item.seen.add(record.step_span_id)
+        item.waiting.append(record)
+        if len(item.waiting) >= WAITING:
+            self._emit_steps(item, item.waiting[:-HELD_BACK], None)
+            del item.waiting[:-HELD_BACK]
+
+    def _array(self, record: ArrayRecord) -> None:
+        if (item := self._open.get(record.span_id)) is not None:
+            item.tally.add(record.dropped)
+
+    def _worker_end(self, record: WorkerEnd) -> None:
+        if (item := self._open.get(record.span_id)) is not None:
+            item.tally.records += record.records_lost
+
+    def _generation_end(self, record: GenerationEnd) -> None:
+        item = self._open.pop(record.span_id, None)
+        if item is None:
+            return
+        end_ns = max(record.end_ns, item.start.start_ns)
+        real = [step for step in item.waiting if not _is_surplus(step, record.output_tokens, end_ns)]
+        self._emit_steps(item, real, end_ns)
+        attributes = generation_attributes(item.start, record, item.tally, self._style)
+        span = self._span(
+            f"{item.start.operation} {item.start.model}",
+            item.context,
+            _parent(item.start.trace_id, item.start.parent_span_id, remote=False),
+            attributes=attributes,
+            status=_status(generation_failure(record)),
+            start_time=item.start.start_ns,
+            end_time=end_ns,
+        )
+        self._sender.offer(span, reserve=True)
+        if item.start.parent_span_id is not None:
+            self._leave_family(item.start.parent_span_id, end_ns)
+
+    def _leave_family(self, parent_span_id: str, end_ns: int) -> None:
+        """A generation has ended: the request span that waited for its last one goes out."""
+        family = self._families.get(parent_span_id)
+        if family is None:
+            return
+        family.running -= 1
+        family.end_ns = max(family.end_ns, end_ns)
+        if family.span is not None and not family.running:
+            del self._families[parent_span_id]
+            self._emit_request(family.span, family)
+        elif len(self._families) > MAX_REQUESTS:
+            self._forget_families()
+
+    def _forget_families(self) -> None:
+        """Drop the oldest parents that nobody runs under: their request span came from elsewhere, or never will."""
+        idle = [key for key, family in self._families.items() if not family.running]
+        for key in idle[: len(idle) // 2 + 1]:
+            del self._families[key]
+
+    def _request(self, record: RequestSpan) -> None:
+        """Emit the request span after its generations, so that it can enclose them."""
+        family = self._families.get(record.span_id)
+        if family is not None and family.running:
+            family.span = record
+            return
+        self._families.pop(record.span_id, None)
+        self._emit_request(record, family or _Family())
+
+    def _emit_request(self, record: RequestSpan, family: _Family) -> None:
+        start_ns = min(record.start_ns, family.start_ns or record.start_ns)
+        span = self._span(
+            f"{record.method} {record.route}",
+            _context(record.trace_id, record.span_id),
+            _parent(record.trace_id, record.parent_span_id, remote=True),
+            attributes=request_attributes(record),
+            kind=SpanKind.SERVER,
+            status=_status(request_failure(record)),
+            start_time=start_ns,
+            end_time=max(record.end_ns, family.end_ns, start_ns),
+        )
+        self._sender.offer(span, reserve=True)
+
+    def _emit_steps(self, item: _Generation, steps: list[StepRecord], limit_ns: int | None) -> None:
+        """Step spans inside the generation's times; `limit_ns` is its end where that is known."""
+        room = max(self._max_steps - item.tally.steps, 0)
+        item.tally.omitted += max(len(steps) - room, 0)
+        for record in steps:
+            item.tally.add(record.dropped)
+        for record in steps[:room]:
+            start_ns = max(record.start_ns, item.start.start_ns)
+            end_ns = max(record.end_ns if limit_ns is None else min(record.end_ns, limit_ns), start_ns)
+            span = self._span(
+                record.phase,
+                SpanContext(item.context.trace_id, int(record.step_span_id, 16), is_remote=False, trace_flags=SAMPLED),
+                item.context,
+                attributes=step_attributes(record, self._style),
+                start_time=start_ns,
+                end_time=end_ns,
+            )
+            item.tally.steps += 1
+            if not self._sender.offer(span):
+                item.tally.spans += 1
+
+
+def _is_surplus(record: StepRecord, output_tokens: int, end_ns: int) -> bool:
+    """True for a step that ran after the generation was over: nobody got its token."""
+    return record.start_ns > end_ns or (record.step is not None and record.step >= output_tokens)
+
+
+def _context(trace_id: str, span_id: str, *, remote: bool = False) -> SpanContext:
+    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=remote, trace_flags=SAMPLED)
+
+
+def _parent(trace_id: str, span_id: str | None, *, remote: bool) -> SpanContext | None:
+    return None if span_id is None else _context(trace_id, span_id, remote=remote)
+
+
+def _status(failure: str | None) -> Status:
+    """Unset means well: the guidance of OpenTelemetry keeps OK for applications."""
+    return Status() if failure is None else Status(StatusCode.ERROR, failure)
+
+
+def _resource() -> Resource:
+    """`OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` win; Jaeger needs `host.name` to compare clocks."""
+    service = {semconv.SERVICE_NAME: semconv.DEFAULT_SERVICE}
+    host = {semconv.HOST_NAME: socket.gethostname()}
+    theirs = Resource.create({semconv.VERSION: _version()})
+    if str(theirs.attributes.get(semconv.SERVICE_NAME, "")).startswith("unknown_service"):
+        theirs = theirs.merge(Resource(service))
+    return Resource(host).merge(theirs)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tensorspan")
+    except metadata.PackageNotFoundError:
+        return "0.0.0"

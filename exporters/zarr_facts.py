@@ -1,0 +1,153 @@
+"""What a capture says about itself: the group's attributes and the small arrays written at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracer.records import AttentionSpec, EngineInfo, GenerationEnd, GenerationStart, LayerInfo, StepRecord
+from tracer.schema import COORDINATES, ROW_CONVENTION, STEP_NUMBERS
+
+__all__ = [
+    "AttentionAxes",
+    "Numbers",
+    "attention_axes",
+    "end_attributes",
+    "key_capacity",
+    "number_columns",
+    "numbers_of",
+    "start_attributes",
+    "token_text",
+]
+
+Array = NDArray[Any]
+Numbers = tuple[int | float, ...]
+UNKNOWN_TOKENS: Final = 4096
+"""Output tokens that attention has room for when neither `max_tokens` nor the model's limit is known."""
+LOST: Final[Numbers] = tuple(number.fill for number in STEP_NUMBERS.values())
+NAN: Final = float("nan")
+
+
+class AttentionAxes(NamedTuple):
+    """What the stored layer and head axes stand for: the model's indices."""
+
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    refused: tuple[LayerInfo, ...]
+    """Layers that were asked for and cannot be captured."""
+
+
+def attention_axes(spec: AttentionSpec | None, engine: EngineInfo | None) -> AttentionAxes | None:
+    """The axes the worker uses for that request; None if the engine has not introduced itself."""
+    spec = spec or AttentionSpec()
+    if engine is None:
+        known = spec.layers is not None and spec.heads is not None
+        return AttentionAxes(spec.layers or (), spec.heads or (), ()) if known else None
+    asked = [layer for layer in engine.layers if spec.layers is None or layer.index in spec.layers]
+    return AttentionAxes(
+        tuple(layer.index for layer in asked if layer.unsupported is None),
+        spec.heads or tuple(range(engine.num_heads)),
+        tuple(layer for layer in asked if layer.unsupported is not None),
+    )
+
+
+def key_capacity(start: GenerationStart, engine: EngineInfo | None) -> int:
+    """Most keys that a row of this generation can have."""
+    limit = engine.max_model_len if engine is not None else 0
+    if start.max_tokens is None:
+        return max(limit, start.prompt_tokens) or start.prompt_tokens + UNKNOWN_TOKENS
+    wanted = start.prompt_tokens + start.max_tokens
+    return min(wanted, limit) if limit else wanted
+
+
+def start_attributes(start: GenerationStart, engine: EngineInfo | None) -> dict[str, Any]:
+    """Attributes known before the first step; `complete` and `closed` are false."""
+    assert start.capture is not None
+    return {
+        "trace_id": start.trace_id,
+        "span_id": start.span_id,
+        "traced": start.sampled,
+        "request_id": start.request_id,
+        "operation": start.operation,
+        "choice": start.choice,
+        "model": start.model,
+        "engine": _engine(engine),
+        "capture": asdict(start.capture),
+        "prompt_tokens": start.prompt_tokens,
+        "max_tokens": start.max_tokens,
+        "start_ns": start.start_ns,
+        "regions": [asdict(region) for region in start.regions],
+        "row_convention": ROW_CONVENTION,
+        "coordinates": COORDINATES,
+        "complete": False,
+        "closed": False,
+    }
+
+
+def _engine(engine: EngineInfo | None) -> dict[str, Any] | None:
+    if engine is None:
+        return None
+    names = ("vllm_version", "runner", "device", "dtype", "vocab_size", "max_model_len")
+    # Not `asdict`: its deep copies cost 1 ms for 30 layers.
+    layers = [{name: getattr(layer, name) for name in LayerInfo.__slots__} for layer in engine.layers]
+    return {name: getattr(engine, name) for name in names} | {"layers": layers}
+
+
+def end_attributes(
+    end: GenerationEnd, status: str, missing: list[dict[str, str]], dropped: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Attributes that replace those of the start once the writer has finished."""
+    return {
+        "output_tokens": end.output_tokens,
+        "cached_tokens": end.cached_tokens,
+        "end_ns": end.end_ns,
+        "status": status,
+        "finish_reason": end.finish_reason,
+        "error": end.error,
+        "missing": missing,
+        "dropped": dict(dropped),
+        "complete": not missing and dropped["count"] == 0,
+        "closed": True,
+    }
+
+
+def numbers_of(record: StepRecord) -> Numbers:
+    """One value per entry of STEP_NUMBERS, in its order."""
+    row = record.logits
+    seen = (NAN, NAN, NAN, NAN, -1) if row is None else (row.logprob, row.entropy, row.margin, row.varentropy, row.rank)
+    return (
+        int(record.step_span_id, 16),
+        -1 if record.token_id is None else record.token_id,
+        record.position,
+        record.attempt,
+        record.kv_len,
+        record.end_ns,
+        *seen,
+    )
+
+
+def number_columns(numbers: Mapping[int, Numbers], end: GenerationEnd) -> dict[str, Array]:
+    """The one-dimensional arrays over `step`; the client's token IDs win over the worker's."""
+    rows = [numbers.get(step, LOST) for step in range(end.output_tokens)]
+    columns = list(zip(*rows, strict=True)) or [()] * len(STEP_NUMBERS)
+    out = {
+        name: np.array(column, dtype=number.dtype)
+        for (name, number), column in zip(STEP_NUMBERS.items(), columns, strict=True)
+    }
+    known = end.output_token_ids[: end.output_tokens]
+    out["token_id"][: len(known)] = known
+    return out
+
+
+def token_text(start: GenerationStart, end: GenerationEnd) -> tuple[Array, Array] | None:
+    """(bytes uint8, offsets int64) of prompt and output tokens; None unless the bytes of all of them are known."""
+    tokens = (*start.prompt_token_bytes, *end.output_token_bytes[: end.output_tokens])
+    if not tokens or len(tokens) != start.prompt_tokens + end.output_tokens:
+        return None
+    edges = np.zeros(len(tokens) + 1, dtype=np.int64)
+    np.cumsum([len(token) for token in tokens], out=edges[1:])
+    return np.frombuffer(b"".join(tokens), dtype=np.uint8), edges

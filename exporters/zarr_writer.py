@@ -1,0 +1,120 @@
+"""Captures into a directory of Zarr v3 groups: the way out for arrays.
+
+A store that cannot be written costs captures and never a request: the failure is counted in `lost` and described in
+`problem`, and the next capture tries again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+from exporters.shards import make_directory, write_json
+from exporters.zarr_capture import OpenCapture
+from tracer import schema
+from tracer.config import Settings
+from tracer.errors import StoreError
+from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationStart, Record, StepRecord
+
+__all__ = ["ZarrExporter"]
+
+LOG: Final = logging.getLogger("tensorspan.zarr")
+
+
+class ZarrExporter:
+    """Writes each captured generation to `<store>/<trace_id>/<span_id>`. One thread at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.lost: dict[str, int] = {}
+        """Captures that could not be written, or not to their end, by cause (`ENOSPC`, `EACCES`, ...)."""
+        self.problem: str | None = None
+        """What is wrong with the store now, and the repair; None if the last capture could be opened."""
+        self._settings = settings
+        self._root = Path(settings.store)
+        self._engine: EngineInfo | None = None
+        self._open: dict[str, OpenCapture] = {}
+
+    def export(self, record: Record, payload: memoryview) -> None:
+        """Take one record; `payload` is valid only during the call. A store that fails is counted, not raised."""
+        if isinstance(record, EngineInfo):
+            if record.rank == 0 or self._engine is None:
+                self._engine = record
+            return
+        if not isinstance(record, StepRecord | ArrayRecord | GenerationStart | GenerationEnd):
+            return
+        try:
+            if isinstance(record, GenerationStart):
+                self._begin(record)
+            elif (capture := self._open.get(record.span_id)) is not None:
+                self._pass_on(capture, record, payload)
+        except OSError as error:
+            self._fail(record.span_id, error)
+
+    def force_flush(self, timeout_s: float) -> bool:
+        """Rows are written as they come: nothing is held back but the parts of unfinished shards."""
+        return True
+
+    def shutdown(self, timeout_s: float) -> bool:
+        """Close captures that are still open as interrupted; False if time ran out and some stayed as they are."""
+        deadline = time.monotonic() + timeout_s
+        for span_id, capture in list(self._open.items()):
+            if time.monotonic() > deadline:
+                return False
+            try:
+                capture.interrupted(time.time_ns())
+            except OSError as error:
+                self._fail(span_id, error)
+            self._open.pop(span_id, None)
+        return True
+
+    def _begin(self, start: GenerationStart) -> None:
+        if start.capture is None:
+            return
+        if not (schema.is_trace_id(start.trace_id) and schema.is_span_id(start.span_id)):
+            raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        trace = self._root / start.trace_id
+        _ensure_group(self._root, "store", {})
+        with contextlib.suppress(FileExistsError):
+            make_directory(trace)
+        _ensure_group(trace, "trace", {"trace_id": start.trace_id})
+        self._open[start.span_id] = OpenCapture(trace / start.span_id, start, self._engine, self._settings)
+        self.problem = None
+
+    def _pass_on(
+        self, capture: OpenCapture, record: StepRecord | ArrayRecord | GenerationEnd, payload: memoryview
+    ) -> None:
+        if isinstance(record, StepRecord):
+            capture.step(record, payload)
+        elif isinstance(record, ArrayRecord):
+            capture.prompt_rows(record, payload)
+        else:
+            capture.end(record, record.status)
+            del self._open[record.span_id]
+
+    def _fail(self, span_id: str, error: OSError) -> None:
+        """The capture is lost from here on; serving and other captures go on."""
+        cause = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        self.lost[cause] = self.lost.get(cause, 0) + 1
+        where = error.filename or self._root
+        self.problem = (
+            f"capture {span_id} cannot be written: {error.strerror or error} ({where}); make {os.fspath(self._root)} "
+            "writable or free space; the next capture tries again"
+        )
+        LOG.error("tensorspan: %s", self.problem)
+        capture = self._open.pop(span_id, None)
+        if capture is not None:
+            with contextlib.suppress(OSError):
+                capture.abandon(f"the store could not be written: {error.strerror or error}")
+
+
+def _ensure_group(directory: Path, kind: str, attributes: dict[str, str]) -> None:
+    """Make `directory` a Zarr group unless it is one."""
+    path = directory / "zarr.json"
+    if not path.exists():
+        write_json(path, schema.group_metadata(kind, attributes))

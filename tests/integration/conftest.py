@@ -1,0 +1,89 @@
+"""Real engines for the tests: one store and one exporter process for all engines inside the test process."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tracer import CaptureRun, capture
+
+CACHE_BYTES = 1 << 26
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of every offline engine of this session."""
+    return tmp_path_factory.mktemp("captures")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny models are made."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def engine_environment() -> Iterator[None]:
+    """The engine inside this process, so that it starts in seconds and our errors are raised, not guarded."""
+    before = dict(os.environ)
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+Session = Callable[..., Any]
+
+
+@pytest.fixture
+def offline(engine_environment: None, store: Path) -> Callable[..., Any]:
+    """`with offline(model, **engine_options) as (llm, record)`; `record(what)` is a `capture(...)` block."""
+
+    @contextmanager
+    def start(model: Path, **options: Any) -> Iterator[tuple[Any, Callable[[str], Any]]]:
+        from vllm import LLM
+
+        chosen = {
+            "dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 256,
+            "distributed_executor_backend": "uni", "kv_cache_memory_bytes": CACHE_BYTES,
+            "enable_prefix_caching": False, "disable_log_stats": True,
+        } | options  # fmt: skip
+
+        def record(what: str) -> Any:
+            return capture(what, store=store)
+
+        with record(""):
+            llm = LLM(str(model), **chosen)
+        yield llm, record
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+    return start
+
+
+@pytest.fixture
+def generate() -> Callable[..., list[list[int]]]:
+    """Generate greedily from token IDs; the answers as token IDs, in the prompts' order."""
+
+    def run(llm: Any, prompts: list[list[int]], max_tokens: int = 8, **params: Any) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        chosen = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, "max_tokens": max_tokens} | params
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(inputs, SamplingParams(**chosen), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return run
+
+
+__all__ = ["CaptureRun"]

@@ -1,0 +1,83 @@
+"""Key read-back against vLLM's real CPU cache kernels, and its refusals."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from tracer.worker.keys import LayoutError, learn
+
+
+def cpu_layer(head_size: int, isa: str) -> Any:
+    """A layer with the real `do_kv_cache_update` of the CPU backend, without a model around it."""
+    impl = object.__new__(CPUAttentionBackendImpl)
+    impl.attn_type, impl.kv_cache_dtype = "decoder", "auto"
+    return SimpleNamespace(
+        impl=impl, head_size=head_size, head_size_v=head_size, isa=isa, _k_scale_float=1.0, _v_scale_float=1.0
+    )
+
+
+@pytest.mark.parametrize("isa", ["vec", "amx", "vec16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 32), (64, 128), (32, 96), (256, 64)])
+def test_every_layout_of_the_cpu_backend_is_learned(
+    isa: str, dtype: torch.dtype, head_size: int, block_size: int
+) -> None:
+    layer, heads = cpu_layer(head_size, isa), 3
+    cache = torch.zeros(8, heads, block_size, 2 * head_size, dtype=dtype)
+    try:
+        layout = learn(layer, cache)
+    except RuntimeError as error:  # This build has no such kernel: it must say so, not return a layout.
+        assert "isa" in str(error).lower() or isinstance(error, LayoutError)
+        return
+    key = torch.randn(2 * block_size, heads, head_size).to(dtype)
+    slots = torch.cat([torch.arange(block_size) + 5 * block_size, torch.arange(block_size) + 2 * block_size])
+    layer.impl.do_kv_cache_update(layer, key, key.clone(), cache, slots)
+    assert torch.equal(layout.read(cache, torch.tensor([5, 2])).transpose(0, 1), key)
+
+
+class Backend:
+    """A cache in GPU style (keys in the first half of each slot), with a fault to order."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+
+    def do_kv_cache_update(self, layer: Any, key: Any, value: Any, cache: Any, slots: Any) -> None:
+        size = layer.head_size
+        for row, slot in enumerate(slots.tolist()):
+            block, at = divmod(slot, cache.shape[2])
+            cache[block, :, at, :size] = key[row] * (0.5 if self.fault == "scaled" else 1.0)
+            cache[block, :, at, size:] = value[row]
+        if self.fault == "swaps heads":
+            cache[:, [0, 1]] = cache[:, [1, 0]]
+
+
+def layer_with(backend: Any) -> Any:
+    return SimpleNamespace(impl=backend, head_size=8, head_size_v=8)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_gpu_style_layouts_and_strides(order: tuple[int, ...]) -> None:
+    shape = (6, 2, 4, 16)
+    base = torch.zeros([shape[dim] for dim in order])
+    cache = base.permute([order.index(dim) for dim in range(4)])
+    layout = learn(layer_with(Backend()), cache)
+    cache.copy_(torch.randn(shape))
+    assert torch.equal(layout.read(cache, torch.tensor([3])), cache[3, :, :, :8])
+
+
+@pytest.mark.parametrize(("fault", "words"), [("scaled", "changed"), ("swaps heads", "does not read back")])
+def test_a_cache_that_cannot_be_read_back_is_refused(fault: str, words: str) -> None:
+    with pytest.raises(LayoutError, match=words):
+        learn(layer_with(Backend(fault)), torch.zeros(6, 2, 4, 16))
+
+
+def test_unknown_shapes_and_backends_are_refused() -> None:
+    with pytest.raises(LayoutError, match="is not"):
+        learn(layer_with(Backend()), torch.zeros(2, 6, 4, 2, 8))
+    with pytest.raises(LayoutError, match="cannot be checked"):
+        learn(layer_with(object()), torch.zeros(6, 2, 4, 16))

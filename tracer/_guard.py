@@ -1,0 +1,39 @@
+"""The one boundary between telemetry and the engine: our mistakes are logged and counted, never raised into vLLM.
+
+Under pytest they are raised, so that no bug of ours can hide behind the guard.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from types import TracebackType
+from typing import Final
+
+__all__ = ["Guard"]
+
+LOG: Final = logging.getLogger("tensorspan")
+
+
+class Guard:
+    """Context manager around one kind of telemetry work; `failures` counts what it swallowed."""
+
+    def __init__(self) -> None:
+        self.failures: Counter[str] = Counter()
+        self._where = ""
+
+    def __call__(self, where: str) -> Guard:
+        self._where = where
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if error is None or not isinstance(error, Exception) or "pytest" in sys.modules:
+            return False
+        self.failures[self._where] += 1
+        if self.failures[self._where] == 1:
+            LOG.error("tensorspan failed in %s; serving goes on with less telemetry", self._where, exc_info=error)
+        return True

@@ -1,0 +1,168 @@
+"""Settings: one table, read once, passed on as a frozen object.
+
+This is the only file that reads or writes the process environment. OTLP is configured by the standard `OTEL_*`
+variables alone; the few facts about them that decide our behaviour are read here too.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from tracer.errors import SettingsError
+
+__all__ = [
+    "PREFIX",
+    "Settings",
+    "child_environment",
+    "inherited",
+    "load",
+    "otlp_protocol",
+    "publish",
+    "reference",
+    "runtime_directory",
+    "spans_disabled",
+]
+
+PREFIX: Final = "TENSORSPAN_"
+CAPTURE_POLICIES: Final = ("off", "loopback", "key", "all")
+
+
+def _setting(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting: environment variable `TENSORSPAN_<NAME>`, option `--<name>`, key `<name>` of the TOML file."""
+
+    enabled: bool = _setting(False, "switch the plugin on in a vLLM process; setting a store switches it on too")
+    store: str = _setting("./captures", "directory that receives the captures")
+    capture: str = _setting("loopback", "who may capture: off, loopback, key or all", CAPTURE_POLICIES)
+    capture_key: str = _setting("", "secret expected in the Trace-Capture-Key header when capture is `key`")
+    capture_text: bool = _setting(True, "store token bytes in captures; 0 leaves only token IDs")
+    trace: bool = _setting(True, "emit spans; a parent that is not sampled switches them off for its request")
+    steps: int = _setting(2000, "step spans per generation; further steps are counted on the generation span")
+    topk: int = _setting(5, "alternatives per step in spans (with content on) and captures")
+    queue_mb: int = _setting(256, "shared-memory queue between each worker and the exporter process, MB")
+    request_mb: int = _setting(4096, "arrays stored per generation, MB; at the limit the capture stops and says so")
+    codec: str = _setting("blosc", "compression of stored arrays", ("blosc", "zstd", "none"))
+    content: bool = _setting(False, "token IDs and texts on spans; the GenAI content variable switches it on too")
+    file: str = _setting("", "TOML file with these settings; the environment wins over it")
+    socket: str = _setting("", "exporter process's socket; set by tensorspan itself for its child processes")
+
+    @property
+    def active(self) -> bool:
+        """True if a vLLM process should load our hooks at all: installed is not enabled."""
+        return self.enabled
+
+
+def load(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from defaults, the TOML file, the environment and `overrides`, each winning over the one before.
+
+    Raises SettingsError for an unknown name or a value of the wrong kind.
+    """
+    env = os.environ if environ is None else environ
+    named = {key[len(PREFIX) :].lower(): value for key, value in env.items() if key.startswith(PREFIX)}
+    path = named.get("file", "")
+    merged: dict[str, Any] = {**_from_file(path), **named, **(overrides or {})}
+    known = {f.name: f for f in fields(Settings)}
+    for name in merged:
+        if name not in known:
+            raise SettingsError(f"unknown setting {PREFIX}{name.upper()}; known: {', '.join(sorted(known))}")
+    values = {name: _convert(known[name], value) for name, value in merged.items()}
+    if "store" in merged:
+        values.setdefault("enabled", True)
+    if _content_opt_in(env):
+        values["content"] = True
+    return Settings(**values)
+
+
+def publish(settings: Settings) -> None:
+    """Write `settings` into this process's environment, so that child processes see the same."""
+    os.environ.update(child_environment(settings))
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """The `TENSORSPAN_*` variables that reproduce `settings`; those at their default are left out."""
+    out = {}
+    for item in fields(Settings):
+        value = getattr(settings, item.name)
+        if value != item.default or item.name in ("enabled", "store"):
+            out[PREFIX + item.name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
+    return out
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """(environment variable, default, meaning) of each setting, for the README and `serve --help`."""
+    return [(PREFIX + f.name.upper(), _show(f.default), f.metadata["meaning"]) for f in fields(Settings)]
+
+
+def otlp_protocol() -> str | None:
+    """`grpc` or `http/protobuf` if a collector is configured by `OTEL_*`, else None (spans go to a file)."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    if not any(os.environ.get(name) for name in names):
+        return None
+    general = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", general)
+
+
+def spans_disabled() -> bool:
+    """True if the standard variables ask for no spans at all, to a collector or to a file."""
+    return os.environ.get("OTEL_TRACES_EXPORTER") == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
+def inherited() -> dict[str, str]:
+    """This process's environment, for a child process."""
+    return dict(os.environ)
+
+
+def runtime_directory() -> Path:
+    """Where sockets and engine facts of running servers live: private to the user, gone at reboot."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp"
+    return Path(base) / f"tensorspan-{os.getuid()}"
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"settings file {path}: {error}; correct it or unset {PREFIX}FILE") from error
+
+
+def _content_opt_in(env: Mapping[str, str]) -> bool:
+    value = env.get("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "").strip().upper()
+    return value in ("SPAN_ONLY", "SPAN_AND_EVENT", "TRUE")
+
+
+def _convert(item: Any, value: Any) -> Any:
+    """`value` as the type of the setting's default."""
+    name = PREFIX + item.name.upper()
+    kind = type(item.default)
+    try:
+        out = _boolean(value) if kind is bool else kind(value)
+    except ValueError as error:
+        raise SettingsError(f"{name}={value!r} is not a {kind.__name__}; default: {_show(item.default)}") from error
+    choices = item.metadata["choices"]
+    if choices and out not in choices:
+        raise SettingsError(f"{name}={value!r} must be one of {', '.join(choices)}")
+    return out
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError(text)
+
+
+def _show(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value) or "(empty)"

@@ -1,0 +1,221 @@
+"""The exporter process: reads the rings, orders the records, hands them to the exporters.
+
+Exporters are found by entry-point name in the group `tensorspan.exporters`; nothing in `tracer` imports them. The
+process ends by itself when the last vLLM process has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from tracer import config, wire
+from tracer._guard import Guard
+from tracer.assemble import Assembler
+from tracer.config import Settings
+from tracer.export import Exporter
+from tracer.records import FlushRecord, Record
+from tracer.ring import Ring
+
+__all__ = ["ExporterProcess", "exporter_names", "load_exporters", "main"]
+
+LOG: Final = logging.getLogger("tensorspan.exporter")
+GROUP: Final = "tensorspan.exporters"
+FIRST_CLIENT_SECONDS: Final = 120.0
+"""End if nobody has connected by then: whoever started us is gone."""
+LINGER_SECONDS: Final = 2.0
+"""Stay after the last client left: a restarted server finds us."""
+SHUTDOWN_SECONDS: Final = 2.0
+"""A dead collector delays the end by no more than this."""
+TICK_SECONDS: Final = 0.1
+
+
+def exporter_names() -> tuple[str, ...]:
+    """Entry points in use: arrays to Zarr, and spans unless the standard variables ask for none."""
+    return ("zarr",) if config.spans_disabled() else ("zarr", "otel")
+
+
+def load_exporters(settings: Settings, names: Sequence[str]) -> list[Exporter]:
+    """The exporters of those entry-point names; one that cannot start is left out and named in the log."""
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    exporters: list[Exporter] = []
+    for name in names:
+        try:
+            exporters.append(found[name].load()(settings))
+        except Exception:
+            LOG.exception("tensorspan: exporter %r cannot start; the others go on", name)
+    return exporters
+
+
+@dataclass(slots=True)
+class _Client:
+    """One connected vLLM process."""
+
+    conn: socket.socket
+    ring: Ring | None = None
+    role: str = ""
+    flushes: list[FlushRecord] = field(default_factory=list)
+
+
+class ExporterProcess:
+    """The loop; everything happens on one thread."""
+
+    def __init__(self, path: Path, exporters: Sequence[Exporter]) -> None:
+        self._path = path
+        self._exporters = exporters
+        self._guard = Guard()
+        self._assembler = Assembler(self._emit, time.monotonic)
+        self._clients: dict[int, _Client] = {}
+        self._selector = selectors.DefaultSelector()
+        self._listener = _listen(path)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until the last client has gone or a signal asks to stop."""
+        quiet_since = time.monotonic() + FIRST_CLIENT_SECONDS - LINGER_SECONDS
+        while not self._stopping:
+            self._wait()
+            self._drain()
+            self._assembler.expire()
+            self._answer_flushes()
+            if self._clients:
+                quiet_since = time.monotonic()
+            elif time.monotonic() > quiet_since + LINGER_SECONDS:
+                break
+        self._finish()
+
+    def stop(self, *_: object) -> None:
+        """Signal handler: leave the loop at the next turn."""
+        self._stopping = True
+
+    def _wait(self) -> None:
+        """Sleep until a producer writes, unless one already has."""
+        rings = [client.ring for client in self._clients.values() if client.ring is not None]
+        idle = all([ring.set_waiting(True) for ring in rings])
+        for key, _ in self._selector.select(TICK_SECONDS if idle else 0.0):
+            if key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._receive(key.fd)
+        for ring in rings:
+            ring.set_waiting(False)
+
+    def _accept(self) -> None:
+        conn, _ = self._listener.accept()
+        self._clients[conn.fileno()] = _Client(conn)
+        self._selector.register(conn, selectors.EVENT_READ)
+
+    def _receive(self, fd: int) -> None:
+        """A hello, wake-up bytes, or the end of a client."""
+        client = self._clients[fd]
+        try:
+            data, fds, _, _ = socket.recv_fds(client.conn, 65536, 1)
+        except OSError:
+            data, fds = b"", []
+        if fds:
+            client.ring = Ring(fds[0])
+            client.role = json.loads(data.split(b"\n", 1)[0])["role"]
+        if not data:
+            self._leave(fd)
+
+    def _leave(self, fd: int) -> None:
+        self._drain()
+        client = self._clients.pop(fd)
+        self._selector.unregister(client.conn)
+        client.conn.close()
+        self._assembler.lost_source(fd)
+
+    def _drain(self) -> None:
+        """Workers' records up to now, after everything the API processes had said before them."""
+        heads = {fd: client.ring.head for fd, client in self._clients.items() if client.ring is not None}
+        for fd, client in list(self._clients.items()):
+            if client.role == "api" and client.ring is not None:
+                self._read(fd, client, client.ring, client.ring.head)
+        for fd, client in list(self._clients.items()):
+            if client.role != "api" and client.ring is not None and fd in heads:
+                self._read(fd, client, client.ring, heads[fd])
+
+    def _read(self, fd: int, client: _Client, ring: Ring, until: int) -> None:
+        while ring.head - ring.used < until and (frame := ring.read()) is not None:
+            with self._guard("reading a record"):
+                record = wire.decode(frame.kind, frame.meta)
+                if isinstance(record, FlushRecord):
+                    client.flushes.append(record)
+                else:
+                    self._assembler.take(fd, record, frame.payload)
+            ring.release()
+
+    def _emit(self, record: Record, payload: memoryview) -> None:
+        for exporter in self._exporters:
+            with self._guard(type(exporter).__name__):
+                exporter.export(record, payload)
+
+    def _answer_flushes(self) -> None:
+        for client in self._clients.values():
+            ready = [f for f in client.flushes if not any(map(self._assembler.is_open, f.generations))]
+            for flush in ready:
+                client.flushes.remove(flush)
+                self._flush()
+                with contextlib.suppress(OSError):  # The client may have gone meanwhile.
+                    client.conn.send(flush.token.encode() + b"\n")
+
+    def _flush(self) -> None:
+        for exporter in self._exporters:
+            with self._guard(f"flushing {type(exporter).__name__}"):
+                exporter.force_flush(SHUTDOWN_SECONDS)
+
+    def _finish(self) -> None:
+        self._drain()
+        self._assembler.close()
+        for exporter in self._exporters:
+            with self._guard(f"closing {type(exporter).__name__}"):
+                exporter.shutdown(SHUTDOWN_SECONDS)
+        _remove(self._path)
+
+
+def _listen(path: Path) -> socket.socket:
+    """A socket that only this user can reach; a dead predecessor's file is replaced."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(64)
+    return listener
+
+
+def _remove(path: Path) -> None:
+    """Leave nothing behind in the runtime directory."""
+    for file in (path, path.with_suffix(".lock"), *path.parent.glob(f"{path.stem}.engine-*.json")):
+        file.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """`python -m tracer.configure SOCKET`: the whole exporter process."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [tensorspan] %(message)s")
+    # A vLLM worker may have bound itself to some cores; its child need not stay there.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    process = ExporterProcess(Path(sys.argv[1]), load_exporters(config.load(), exporter_names()))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, process.stop)
+    process.run()
+    # Exporters may still hold threads that talk to a dead collector: their time is over.
+    logging.shutdown()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""From a vLLM process to the exporter process: a bounded shared-memory queue and a Unix socket.
+
+`Channel.send` never blocks and never raises: it copies the record into the ring or says that it could not. The
+socket carries three things: the hello with the ring's file descriptor, single wake-up bytes, and answers to flushes.
+The exporter process is started by whichever process needs it first, and started again if it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Protocol
+
+from tracer import config, wire
+from tracer.config import Settings
+from tracer.records import EngineInfo, FlushRecord, Record
+from tracer.ring import Ring
+
+__all__ = ["Channel", "Exporter", "engine_infos", "process_channel", "publish_engine", "socket_path"]
+
+LOG: Final = logging.getLogger("tensorspan")
+START_SECONDS: Final = 20.0
+"""How long a process waits for the exporter at its own start; never waited while serving."""
+RETRY_SECONDS: Final = 1.0
+
+
+class Exporter(Protocol):
+    """A way out for records. Runs in the exporter process, one call at a time.
+
+    Records of one generation arrive as GenerationStart, any StepRecord and ArrayRecord, then one GenerationEnd whose
+    `output_tokens` is final: steps at or past it are surplus and count as never run.
+    """
+
+    def export(self, record: Record, payload: memoryview) -> None:
+        """Take one record; `payload` is valid only during the call."""
+
+    def force_flush(self, timeout_s: float) -> bool:
+        """Put what was exported where a reader finds it; False if that took longer than `timeout_s`."""
+
+    def shutdown(self, timeout_s: float) -> bool:
+        """Flush and close within `timeout_s`."""
+
+
+class Channel:
+    """The producer's end: one per process and role."""
+
+    def __init__(self, settings: Settings, role: str, capacity: int) -> None:
+        self.settings = settings
+        self.role = role
+        self.ring = Ring.create(capacity)
+        self.lost = 0
+        """Records refused because the ring was full."""
+        self._lock = threading.Lock()
+        self._greeting: list[Record] = []
+        self._socket: socket.socket | None = None
+        self._retry_at = 0.0
+        self._reconnecting = False
+
+    def connect(self, timeout_s: float = START_SECONDS) -> bool:
+        """Reach the exporter process, starting it if nobody listens; False if it did not come up in time."""
+        deadline = time.monotonic() + timeout_s
+        path = Path(self.settings.socket)
+        while (conn := _open_socket(path)) is None:
+            _ensure_process(path, self.settings)
+            if time.monotonic() > deadline:
+                LOG.error("tensorspan: no exporter process at %s after %.0f s; spans and captures are lost", path, timeout_s)
+                return False
+            threading.Event().wait(0.05)
+        hello = json.dumps({"role": self.role, "pid": os.getpid()}).encode() + b"\n"
+        socket.send_fds(conn, [hello], [self.ring.fd])
+        conn.setblocking(False)
+        self._socket = conn
+        for record in self._greeting:
+            self.send(record)
+        return True
+
+    def greet(self, record: Record) -> None:
+        """Send `record` now and again after every reconnection (facts that a new exporter process must know)."""
+        self._greeting.append(record)
+        self.send(record)
+
+    def send(self, record: Record, payload: Sequence[memoryview] = ()) -> bool:
+        """Copy one record into the queue; False if there was no room (nothing is written then)."""
+        kind, meta = wire.encode(record)
+        with self._lock:
+            written = self.ring.write(kind, meta, payload)
+        if not written:
+            self.lost += 1
+        if self._socket is None:
+            self._reconnect_later()
+        elif self.ring.waiting:
+            self._wake()
+        return written
+
+    def flush(self, generations: Sequence[str], timeout_s: float) -> bool:
+        """Wait until the exporter has finished these generations; False if it did not within `timeout_s`."""
+        conn = self._socket
+        token = os.urandom(8).hex()
+        if conn is None or not self.send(FlushRecord(token, tuple(generations))):
+            return False
+        return _await_line(conn, token.encode(), timeout_s)
+
+    def close(self) -> None:
+        """Say goodbye; the exporter reads what is left in the ring first."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _wake(self) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.send(b"\x01")
+        except BlockingIOError:
+            return  # The exporter has unread wake-ups: it is awake.
+        except OSError:
+            LOG.warning("tensorspan: the exporter process went away; starting it again")
+            self._socket = None
+            self._reconnect_later()
+
+    def _reconnect_later(self) -> None:
+        """Reconnect on a thread of its own, at most once a second: the caller is the engine's step."""
+        now = time.monotonic()
+        if self._reconnecting or now < self._retry_at:
+            return
+        self._retry_at = now + RETRY_SECONDS
+        self._reconnecting = True
+        threading.Thread(target=self._reconnect, name="tensorspan-reconnect", daemon=True).start()
+
+    def _reconnect(self) -> None:
+        try:
+            self.connect()
+        except OSError as error:
+            LOG.warning("tensorspan: cannot reach the exporter process: %s", error)
+        finally:
+            self._reconnecting = False
+
+
+_CHANNELS: dict[tuple[int, str], Channel] = {}
+_STARTED: list[subprocess.Popen[bytes]] = []
+"""Exporter processes that this process has started."""
+
+
+def process_channel(settings: Settings, role: str = "api", capacity_mb: int = 16) -> Channel:
+    """This process's channel for `role`, connected on first use (a forked child gets its own)."""
+    key = (os.getpid(), role)
+    if key not in _CHANNELS:
+        ready = settings if settings.socket else replace(settings, socket=str(socket_path()))
+        channel = _CHANNELS[key] = Channel(ready, role, capacity_mb * 1_000_000)
+        channel.connect()
+    return _CHANNELS[key]
+
+
+def socket_path() -> Path:
+    """A fresh socket path for one server or script, in a directory only this user may enter."""
+    base = config.runtime_directory()
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return base / f"{os.getpid()}-{os.urandom(4).hex()}.sock"
+
+
+def publish_engine(settings: Settings, info: EngineInfo) -> None:
+    """Leave this worker's facts beside the socket, where the API process and `doctor` read them."""
+    path = _engine_path(settings, info.rank)
+    path.with_suffix(".tmp").write_bytes(wire.encode_json(info))
+    path.with_suffix(".tmp").replace(path)
+
+
+def engine_infos(settings: Settings) -> tuple[EngineInfo, ...]:
+    """Facts of every worker that has reported, by rank; empty before the first has loaded its model."""
+    if not settings.socket:
+        return ()
+    path = Path(settings.socket)
+    files = sorted(path.parent.glob(f"{path.stem}.engine-*.json"))
+    infos = [wire.decode_json(file.read_bytes(), EngineInfo) for file in files]
+    return tuple(sorted(infos, key=lambda info: info.rank))
+
+
+def _engine_path(settings: Settings, rank: int) -> Path:
+    path = Path(settings.socket)
+    return path.with_name(f"{path.stem}.engine-{rank}.json")
+
+
+def _open_socket(path: Path) -> socket.socket | None:
+    conn = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        conn.connect(str(path))
+    except OSError:
+        conn.close()
+        return None
+    return conn
+
+
+def _ensure_process(path: Path, settings: Settings) -> None:
+    """Start the exporter process unless somebody holds its lock, that is, has just started one."""
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(path.with_suffix(".lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        # The child inherits the locked descriptor: the lock is free again when it ends, however it ends.
+        environment = {**config.inherited(), **config.child_environment(replace(settings, socket=str(path)))}
+        # Kept, so that an ended one is reaped and a running one is not reported as forgotten.
+        _STARTED[:] = [started for started in _STARTED if started.poll() is None]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tracer.configure", str(path)],
+            pass_fds=[lock.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment,
+        )
+        _STARTED.append(process)
+
+
+def _await_line(conn: socket.socket, wanted: bytes, timeout_s: float) -> bool:
+    """Read lines until one is `wanted`; False at the deadline or at the end of the stream."""
+    deadline = time.monotonic() + timeout_s
+    buffer = b""
+    while wanted not in buffer.split(b"\n"):
+        conn.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            data = conn.recv(4096)
+        except OSError:
+            data = b""
+        finally:
+            conn.setblocking(False)
+        if not data:
+            return False
+        buffer += data
+    return True

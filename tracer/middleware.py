@@ -1,0 +1,350 @@
+"""The edge: reads what a request asks for, says in the answer what it gets, and makes the SERVER span.
+
+Pure ASGI, for any server around vLLM's app: `vllm serve --middleware tracer.middleware.TracingMiddleware`. Nothing here
+waits for telemetry, and a request that asks for no capture never fails because of us. One `_Exchange` per request owns
+all that changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, Final, Protocol
+from urllib.parse import unquote
+
+from tracer import config
+from tracer._guard import Guard
+from tracer.authorise import CaptureDeniedError, authorise, header_lines
+from tracer.config import Settings
+from tracer.context import (
+    ACTIVE,
+    Inbound,
+    SpanContext,
+    check_capture,
+    format_traceparent,
+    in_http_request,
+    new_span_id,
+    new_trace_id,
+    parse_capture,
+    parse_traceparent,
+    wall_clock_ns,
+)
+from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError, SettingsError
+from tracer.records import CaptureSpec, EngineInfo, Record, RequestSpan
+from tracer.request_body import RequestBody
+
+__all__ = ["MAX_BODY", "MAX_REFS", "ROUTES", "TracingMiddleware"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+ROUTES: Final = {
+    "/v1/chat/completions": "chat",
+    "/v1/chat/completions/batch": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+    "/cohere/v2/chat": "chat",
+    "/inference/v1/generate": "text_completion",
+}
+"""vLLM's routes that generate, with the GenAI name of what they do."""
+MAX_BODY: Final = 64_000_000
+"""Bytes of a request body that is inspected; a larger one is passed on unread, and only headers can ask."""
+MAX_REFS: Final = 64
+"""References named in one response header; clients refuse header lines of more than 64 kB."""
+MAX_BAGGAGE: Final = 8192
+OURS: Final = (b"trace-capture", b"trace-capture-key")
+GUARD: Final = Guard()
+
+
+class Outlet(Protocol):
+    """The part of `tracer.export.Channel` that is used here."""
+
+    def send(self, record: Record, /) -> bool:
+        """Take the record, or refuse it; never wait."""
+
+
+class TracingMiddleware:
+    """ASGI middleware; does nothing at all unless the settings enable tensorspan."""
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings | None = None,
+        channel: Outlet | None = None,
+        engines: Callable[[], Sequence[EngineInfo]] | None = None,
+    ) -> None:
+        """Raises SettingsError if captures need a key and none is set."""
+        self.app = app
+        self.settings = config.load() if settings is None else settings
+        if self.settings.active and self.settings.capture == "key" and not self.settings.capture_key:
+            raise SettingsError("TENSORSPAN_CAPTURE=key needs a secret; set TENSORSPAN_CAPTURE_KEY")
+        if self.settings.active and (channel is None or engines is None):
+            # Servers build middleware before they serve: the exporter process may be waited for here.
+            with GUARD("connecting the middleware"):
+                channel, engines = _process_defaults(self.settings, channel, engines)
+        self.channel = channel
+        self.engines = engines or tuple
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if not self.settings.active or scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        # On every route: whatever reaches the engine from here may not ask for captures by itself.
+        token = in_http_request.set(True)
+        try:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if scope["type"] == "http" and scope["method"] == "POST" and path in ROUTES:
+                await _Exchange(self, scope, path, receive, send).run()
+            else:
+                await self.app(scope, receive, send)
+        finally:
+            in_http_request.reset(token)
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(
+        self, owner: TracingMiddleware, scope: MutableMapping[str, Any], route: str, receive: Receive, send: Send
+    ) -> None:
+        self.owner, self.scope, self.route = owner, scope, route
+        self._receive, self._send = receive, send
+        self.start_ns = wall_clock_ns()
+        self.headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+        lines = header_lines(self.headers, b"traceparent")
+        self.parent = parse_traceparent(lines[0]) if len(lines) == 1 else None
+        self.span = _server_span(self.parent, owner.settings)
+        self.replay: deque[Message] = deque()
+        self.inbound: Inbound | None = None
+        self.refs: tuple[str, ...] = ()
+        self.capture_status = "off"
+        self.requested = ""
+        self.source = ""
+        self.status_code = 0
+        """0 until a response has begun."""
+        self.disconnected = False
+        self.ended = False
+        """The last body byte has been handed to the server."""
+        self.reported = False
+
+    async def run(self) -> None:
+        """Judge the request, pass it on or refuse it, and report the SERVER span exactly once."""
+        token = ACTIVE.set(None)
+        try:
+            await self._serve()
+        except asyncio.CancelledError:
+            self.report("client disconnected")
+            raise
+        except BaseException as error:
+            self.status_code = self.status_code or (0 if self.disconnected else 500)
+            self.report(f"{type(error).__name__}: {error}"[:200])
+            raise
+        finally:
+            ACTIVE.reset(token)
+        self.report("" if self.ended else "response incomplete")
+
+    async def _serve(self) -> None:
+        body = await self._read_body()
+        problem: dict[str, Any] | None = None
+        with GUARD("judging a request"):
+            problem = self._judge(body)
+        if problem is not None:
+            await self._refuse(problem)
+            return
+        ACTIVE.set(self.inbound)
+        await self.owner.app(self._inner_scope(), self.receive, self.send)
+
+    async def _read_body(self) -> bytes | None:
+        """The whole body, kept for the app too; None if it is too large or never came in full."""
+        parts: list[bytes] = []
+        size = 0
+        while size <= MAX_BODY:
+            message = await self._receive()
+            self.replay.append(message)
+            if message["type"] != "http.request":
+                self.disconnected = True
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if not message.get("more_body", False):
+                return b"".join(parts)
+        return None
+
+    def _judge(self, body: bytes | None) -> dict[str, Any] | None:
+        """Decide what is captured and set `inbound`; the problem to answer with if the request asks for too much."""
+        request = RequestBody(body)
+        try:
+            capture = self._requested_capture(request)
+            if capture is not None:
+                authorise(self.owner.settings, self.scope)
+                check_capture(capture, self.owner.engines())
+                request.check()
+        except CaptureRequestError as error:
+            return _problem(400, "malformed", error)
+        except CaptureDeniedError as error:
+            self.capture_status = "denied"
+            return _problem(403, "denied", error)
+        except (CaptureUnavailableError, MissingExtraError) as error:
+            self.capture_status = "unavailable"
+            return _problem(501, "unavailable", error)
+        if capture is not None or self.span.sampled:
+            self._admit(capture, request)
+        return None
+
+    def _requested_capture(self, request: RequestBody) -> CaptureSpec | None:
+        """The header wins over the field, the field over baggage; the winner decides alone, also for `off`."""
+        lines = header_lines(self.headers, b"trace-capture")
+        candidates = (
+            ("header", ", ".join(lines) if lines else None),
+            ("field", request.text()),
+            ("baggage", _baggage_member(", ".join(header_lines(self.headers, b"baggage")))),
+        )
+        self.source, text = next(((source, text) for source, text in candidates if text is not None), ("", ""))
+        self.requested = text
+        return parse_capture(text)
+
+    def _admit(self, capture: CaptureSpec | None, request: RequestBody) -> None:
+        captured = capture is not None
+        self.inbound = Inbound(
+            trace_id=self.span.trace_id,
+            parent_span_id=self.span.span_id,
+            sampled=self.span.sampled,
+            capture=capture,
+            operation=ROUTES[self.route],
+            messages=request.messages() if captured else (),
+        )
+        if captured:
+            self.capture_status = "recording"
+            self.refs = self.inbound.refs(min(request.generations(), MAX_REFS))
+
+    async def _refuse(self, problem: dict[str, Any]) -> None:
+        data = json.dumps(problem).encode()
+        headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(data))]
+        await self.send({"type": "http.response.start", "status": problem["status"], "headers": headers})
+        await self.send({"type": "http.response.body", "body": data})
+
+    def _inner_scope(self) -> MutableMapping[str, Any]:
+        """The scope without our headers; a traced request's children belong under our span."""
+        headers = [line for line in self.headers if line[0].lower() not in OURS]
+        if self.span.sampled:
+            # Without a valid parent its `tracestate` belongs to nothing.
+            replaced = (b"traceparent",) if self.parent else (b"traceparent", b"tracestate")
+            headers = [line for line in headers if line[0].lower() not in replaced]
+            headers.append((b"traceparent", format_traceparent(self.span).encode()))
+        return {**self.scope, "headers": headers}
+
+    async def receive(self) -> Message:
+        """What the app reads: the buffered messages first."""
+        if self.replay:
+            return self.replay.popleft()
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self.ended:
+            self.disconnected = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """What the app writes: our headers go with the first message, the span after the last."""
+        if message["type"] == "http.response.start":
+            self.status_code = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), *self._response_headers()]}
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        # Before the await: a server announces the disconnect that follows a complete response at once.
+        self.ended = self.ended or last
+        await self._send(message)
+        if last:
+            self.report()
+
+    def _response_headers(self) -> list[tuple[bytes, bytes]]:
+        # An error of the app's own before the first byte means that nothing is generated.
+        recording = self.capture_status == "recording" and self.status_code < 400
+        status = "off" if self.capture_status == "recording" and not recording else self.capture_status
+        out = [
+            (b"traceresponse", format_traceparent(self.span).encode()),
+            (b"trace-capture-status", status.encode()),
+        ]
+        if recording:
+            out.append((b"trace-capture-ref", ", ".join(self.refs).encode()))
+        return out
+
+    def report(self, error: str = "") -> None:
+        """Send the SERVER span, the first time only."""
+        if self.reported:
+            return
+        self.reported = True
+        if not self.span.sampled or self.owner.channel is None:
+            return
+        with GUARD("reporting a request"):
+            self.owner.channel.send(self._request_span("client disconnected" if self.disconnected else error))
+
+    def _request_span(self, error: str) -> RequestSpan:
+        return RequestSpan(
+            trace_id=self.span.trace_id,
+            span_id=self.span.span_id,
+            parent_span_id=self.parent.span_id if self.parent else None,
+            start_ns=self.start_ns,
+            end_ns=wall_clock_ns(),
+            method=self.scope["method"],
+            route=self.route,
+            status_code=self.status_code,
+            error=error,
+            attributes=self._attributes(),
+        )
+
+    def _attributes(self) -> dict[str, int | float | str | bool]:
+        server, client = self.scope.get("server") or ("", None), self.scope.get("client") or ("", None)
+        found: dict[str, int | str | None] = {
+            "http.request.method": self.scope["method"],
+            "http.route": self.route,
+            "http.response.status_code": self.status_code,
+            "url.path": self.scope["path"],
+            "server.address": server[0],
+            "server.port": server[1],
+            "client.address": client[0],
+            "user_agent.original": ", ".join(header_lines(self.headers, b"user-agent"))[:256],
+            "tensorspan.capture.status": self.capture_status,
+            "tensorspan.capture.requested": self.requested[:512],
+            "tensorspan.capture.source": self.source,
+        }
+        return {name: value for name, value in found.items() if value}
+
+
+def _process_defaults(
+    settings: Settings, channel: Outlet | None, engines: Callable[[], Sequence[EngineInfo]] | None
+) -> tuple[Outlet, Callable[[], Sequence[EngineInfo]]]:
+    """This process's channel, and the facts that its workers have published beside the same socket."""
+    from tracer import export
+
+    own = export.process_channel(settings)
+    return channel or own, engines or (lambda: export.engine_infos(own.settings))
+
+
+def _server_span(parent: SpanContext | None, settings: Settings) -> SpanContext:
+    if parent is None:
+        return SpanContext(new_trace_id(), new_span_id(), settings.trace)
+    return SpanContext(parent.trace_id, new_span_id(), parent.sampled and settings.trace, parent.random)
+
+
+def _baggage_member(text: str) -> str | None:
+    """The value of member `trace-capture` of W3C baggage; None if it has none or is over its size limit."""
+    if len(text) > MAX_BAGGAGE:
+        return None
+    for member in text.split(","):
+        name, found, value = member.partition(";")[0].partition("=")
+        if found and name.strip() == "trace-capture":
+            return unquote(value.strip())
+    return None
+
+
+def _problem(status: int, kind: str, error: Exception) -> dict[str, Any]:
+    """An RFC 9457 problem; `member`, `allowed` and `example` are there where the request itself is at fault."""
+    titles = {400: "Capture request not understood", 403: "Capture not allowed", 501: "Capture not available"}
+    out = {"type": f"urn:tensorspan:problem:{kind}", "title": titles[status], "status": status, "detail": str(error)}
+    if isinstance(error, CaptureRequestError):
+        out |= {"member": error.member, "allowed": error.allowed, "example": error.example}
+    return out

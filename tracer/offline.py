@@ -1,0 +1,104 @@
+"""Captures without HTTP: `with capture(...)` around vLLM's offline `LLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Final
+
+from tracer import config
+from tracer.context import ACTIVE, Inbound, parse_capture
+from tracer.errors import CaptureUnavailableError, SettingsError, StoreError
+from tracer.export import process_channel, socket_path
+
+__all__ = ["CaptureRun", "capture"]
+
+FLUSH_SECONDS: Final = 60.0
+"""How long leaving the block waits until every capture of the run is on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRun:
+    """What a `capture(...)` block produced."""
+
+    store: Path
+    inbound: Inbound
+
+    @property
+    def span_ids(self) -> tuple[str, ...]:
+        """Generation span IDs in the order the engine accepted them; `open_capture(run.store, span_id)` opens one."""
+        return tuple(span_id for _, span_id in self.inbound.issued)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Directories of the captures, in the same order."""
+        return tuple(self.store / trace_id / span_id for trace_id, span_id in self.inbound.issued)
+
+
+@contextmanager
+def capture(what: str = "logits, attention", store: str | Path = "captures", **settings: Any) -> Iterator[CaptureRun]:
+    """Trace and capture every generation that this thread starts inside the block.
+
+    what: the text of a `Trace-Capture` header; empty for spans alone. store: directory of the captures. settings: any
+    of `tracer.config.Settings`. The `LLM` must be made inside the block (or with TENSORSPAN_ENABLED=1 set before it),
+    because its workers take their hooks when they start. Leaving the block waits until the captures can be opened.
+
+    Raises CaptureRequestError if `what` is malformed or the model has no such tensors (at `generate`),
+    CaptureUnavailableError if the engine cannot capture, StoreError if the store cannot be written or did not finish,
+    SettingsError if engines of this process already run with other settings.
+    """
+    spec = parse_capture(what)
+    root = _writable(Path(store))
+    ready = _settings({**settings, "store": str(root)})
+    config.publish(ready)
+    _register()
+    run = CaptureRun(root, Inbound.offline(spec, sampled=ready.trace))
+    token = ACTIVE.set(run.inbound)
+    try:
+        yield run
+    finally:
+        ACTIVE.reset(token)
+    _finish(run, ready)
+
+
+def _settings(wanted: dict[str, Any]) -> config.Settings:
+    """The settings of this block; engines that are already hooked know only those they started with."""
+    current, ready = config.load(), config.load(wanted)
+    if not current.socket:
+        return replace(ready, socket=str(socket_path()))
+    for item in fields(config.Settings):
+        ours, theirs = getattr(ready, item.name), getattr(current, item.name)
+        if ours != theirs:
+            raise SettingsError(
+                f"engines of this process were started with {item.name}={theirs!r}, so {item.name}={ours!r} cannot"
+                " take effect; use the same value, or a new process"
+            )
+    return current
+
+
+def _writable(root: Path) -> Path:
+    """The absolute store, made if it is not there; raises StoreError if it cannot be written."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = root / ".tensorspan-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(f"cannot write captures to {root}: {error}; choose another store=") from error
+    return root.resolve()
+
+
+def _register() -> None:
+    """Hook this process even if vLLM loaded its plugins before it was enabled."""
+    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "tensorspan"]
+    if not found:
+        raise CaptureUnavailableError("the vLLM plugin of tensorspan is not installed; reinstall the distribution")
+    found[0].load()()
+
+
+def _finish(run: CaptureRun, settings: config.Settings) -> None:
+    if run.span_ids and not process_channel(settings).flush(run.span_ids, FLUSH_SECONDS):
+        raise StoreError(f"captures in {run.store} were not finished within {FLUSH_SECONDS:.0f} s; see the log above")

@@ -1,0 +1,127 @@
+"""A bounded queue of frames in shared memory, from exactly one producer to exactly one consumer.
+
+The law: the producer alone writes `HEAD`, the consumer alone writes `TAIL`, each is one aligned 64-bit store, and a
+frame is complete before `HEAD` passes it. Nobody ever waits here: a frame that does not fit is refused and the caller
+counts it. The memory has no name in any file system (`memfd_create`): it is handed over as a file descriptor and is
+gone with the last process that holds it, also after `kill -9`.
+
+Byte order of loads and stores is that of x86-64 and of any machine whose CPython stores are sequentially visible to
+other processes; on weakly ordered CPUs the wake-up over the socket is the barrier in practice.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+__all__ = ["Frame", "Ring"]
+
+HEADER_BYTES: Final = 4096
+FRAME: Final = struct.Struct("=IIQ")
+"""Kind, bytes of metadata, bytes of payload; the frame's length follows from them."""
+SKIP: Final = 0
+"""Kind of the filler that sends the consumer back to the start."""
+ALIGN: Final = 64
+HEAD: Final = 0
+TAIL: Final = 8
+"""Indices of 64-bit words, a cache line apart."""
+WAITING: Final = 16
+"""Set by a consumer that is about to sleep: the producer should wake it."""
+
+
+class Frame(NamedTuple):
+    """One message; both views point into shared memory and die with `Ring.release`."""
+
+    kind: int
+    meta: memoryview
+    payload: memoryview
+
+
+def _aligned(size: int) -> int:
+    return (size + ALIGN - 1) // ALIGN * ALIGN
+
+
+class Ring:
+    """Both ends of the queue over one file descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        size = os.fstat(fd).st_size
+        self._map = mmap.mmap(fd, size)
+        self._memory = memoryview(self._map)
+        self._words = self._memory[:HEADER_BYTES].cast("Q")
+        self._data = self._memory[HEADER_BYTES:]
+        self.capacity = len(self._data)
+        self._pending = 0
+
+    @classmethod
+    def create(cls, capacity: int) -> Ring:
+        """A new ring of at least `capacity` bytes; memory is taken as it is first used."""
+        fd = os.memfd_create("tensorspan-ring", os.MFD_CLOEXEC)
+        os.ftruncate(fd, HEADER_BYTES + _aligned(capacity))
+        return cls(fd)
+
+    @property
+    def used(self) -> int:
+        """Bytes waiting for the consumer."""
+        return int(self._words[HEAD] - self._words[TAIL])
+
+    @property
+    def head(self) -> int:
+        """Bytes written since the start; a consumer that has read up to here has seen everything sent before."""
+        return int(self._words[HEAD])
+
+    def write(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> bool:
+        """Append one frame; False, with nothing written, if it does not fit."""
+        payload_bytes = sum(part.nbytes for part in payload)
+        need = _aligned(FRAME.size + len(meta) + payload_bytes)
+        head = int(self._words[HEAD])
+        offset = head % self.capacity
+        filler = self.capacity - offset if offset + need > self.capacity else 0
+        if self.used + filler + need > self.capacity:
+            return False
+        if filler:
+            FRAME.pack_into(self._data, offset, SKIP, 0, 0)
+            head, offset = head + filler, 0
+        FRAME.pack_into(self._data, offset, kind, len(meta), payload_bytes)
+        at = offset + FRAME.size
+        self._data[at : at + len(meta)] = meta
+        at += len(meta)
+        for part in payload:
+            flat = part.cast("B")
+            self._data[at : at + flat.nbytes] = flat
+            at += flat.nbytes
+        self._words[HEAD] = head + need
+        return True
+
+    def read(self) -> Frame | None:
+        """The next frame, or None if the ring is empty; call `release` before reading again."""
+        while self._words[TAIL] != self._words[HEAD]:
+            offset = int(self._words[TAIL]) % self.capacity
+            kind, meta_bytes, payload_bytes = FRAME.unpack_from(self._data, offset)
+            if kind == SKIP:
+                self._words[TAIL] += self.capacity - offset
+                continue
+            at = offset + FRAME.size
+            body = at + meta_bytes
+            self._pending = _aligned(FRAME.size + meta_bytes + payload_bytes)
+            return Frame(kind, self._data[at:body], self._data[body : body + payload_bytes])
+        return None
+
+    def release(self) -> None:
+        """Give the space of the frame last read back to the producer."""
+        self._words[TAIL] += self._pending
+        self._pending = 0
+
+    def set_waiting(self, waiting: bool) -> bool:
+        """Consumer: say whether a wake-up is wanted; returns True if the ring is empty, that is, sleeping is safe."""
+        self._words[WAITING] = int(waiting)
+        return bool(self._words[TAIL] == self._words[HEAD])
+
+    @property
+    def waiting(self) -> bool:
+        """Producer: True if the consumer sleeps and should be woken."""
+        return bool(self._words[WAITING])

@@ -1,0 +1,253 @@
+"""Where generations begin and end: vLLM's `OutputProcessor`, in the process that calls the engine.
+
+The same class stands behind the HTTP server and behind the offline `LLM`, sees every sequence of `n > 1` on its own,
+and hears of finishes, stop strings, aborts and dead engines. It is where a generation gets its span ID and where the
+`TraceRequest` is put into `SamplingParams.extra_args`; a client's own value under our key never passes.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from tracer import context
+from tracer._guard import Guard
+from tracer.config import Settings
+from tracer.context import ACTIVE, EXTRA_ARGS_KEY, TEXT_KEY, Inbound
+from tracer.errors import TensorspanError
+from tracer.export import Channel, engine_infos, process_channel
+from tracer.records import CaptureSpec, EngineInfo, GenerationEnd, GenerationStart, TraceRequest
+from tracer.regions import find_regions
+from tracer.worker import compat
+from tracer.worker.tokens import TokenBytes, token_bytes
+
+__all__ = ["Frontend", "install"]
+
+PARAMETERS: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed", "max_tokens")
+"""Sampling parameters that have a GenAI attribute of the same name under `gen_ai.request`."""
+SERVER_MODULE: Final = "vllm.entrypoints.openai.api_server"
+"""Loaded in a process that serves HTTP: there only the middleware may ask for captures."""
+
+
+@dataclass(slots=True)
+class _Generation:
+    """One open generation."""
+
+    request: TraceRequest
+    bytes_of: TokenBytes | None
+    output_ids: list[int] = field(default_factory=list)
+    first_token_ns: int | None = None
+    cached_tokens: int = 0
+    finish_reason: str = "stop"
+
+
+class Frontend:
+    """Sends GenerationStart and GenerationEnd for each traced sequence of this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._guard = Guard()
+        self._open: dict[str, _Generation] = {}
+        self._tables: dict[int, TokenBytes] = {}
+        self._engines: tuple[EngineInfo, ...] = ()
+
+    def begin(self, processor: Any, request: Any, prompt: str | None, choice: int) -> None:
+        """Before vLLM registers `request` (an `EngineCoreRequest`): decide, announce, attach.
+
+        Raises CaptureRequestError or CaptureUnavailableError to an offline caller who asked for the impossible; a
+        client of the server has been told by the middleware already.
+        """
+        if request.sampling_params is None:
+            return
+        inbound, text = self._origin(request.sampling_params.extra_args or {})
+        if inbound is None and text:
+            capture = context.parse_capture(text)
+            inbound = Inbound.offline(capture, sampled=self._settings.trace)
+        traced = None
+        if inbound is not None and (inbound.sampled or inbound.capture is not None):
+            if inbound.source == "offline" and inbound.capture is not None:
+                context.check_capture(inbound.capture, self._engine_infos())
+            with self._guard("announcing a generation"):
+                traced = self._announce(processor, request, prompt, choice, inbound)
+        _attach(request, traced)
+
+    def _origin(self, extra: dict[str, Any]) -> tuple[Inbound | None, str]:
+        """Who asked: the middleware, an offline `capture(...)` block, or the request's own text."""
+        inbound = ACTIVE.get()
+        if inbound is not None or context.in_http_request.get() or SERVER_MODULE in sys.modules:
+            return inbound, ""
+        text = str(extra.get(TEXT_KEY) or "")
+        return (Inbound.offline(None) if not text and self._settings.trace else None), text
+
+    def _announce(
+        self, processor: Any, request: Any, prompt: str | None, choice: int, inbound: Inbound
+    ) -> TraceRequest:
+        trace_id, span_id = inbound.issue()
+        traced = TraceRequest(trace_id, span_id, inbound.sampled, inbound.capture)
+        table = token_bytes(processor.tokenizer, self._tables) if inbound.capture is not None else None
+        start = self._start(request, choice, inbound, traced, table)
+        self._channel().send(start)
+        self._open[request.request_id] = _Generation(traced, table)
+        return traced
+
+    def _start(
+        self, request: Any, choice: int, inbound: Inbound, traced: TraceRequest, table: TokenBytes | None
+    ) -> GenerationStart:
+        ids = tuple(request.prompt_token_ids or ())
+        captured = inbound.capture is not None
+        texts = table(ids) if table is not None and self._settings.capture_text else ()
+        return GenerationStart(
+            trace_id=traced.trace_id,
+            span_id=traced.span_id,
+            parent_span_id=inbound.parent_span_id,
+            sampled=inbound.sampled,
+            start_ns=context.wall_clock_ns(),
+            request_id=request.request_id,
+            model=self._model(),
+            operation=inbound.operation,
+            choice=choice,
+            prompt_tokens=len(ids),
+            max_tokens=request.sampling_params.max_tokens,
+            params=_parameters(request.sampling_params),
+            capture=inbound.capture,
+            prompt_token_ids=ids if captured else (),
+            prompt_token_bytes=texts,
+            regions=find_regions(inbound.messages, table(ids)) if table is not None else (),
+        )
+
+    def outputs(self, processor: Any, outputs: Sequence[Any]) -> None:
+        """After vLLM has processed a batch of `EngineCoreOutput`."""
+        with self._guard("following outputs"):
+            for output in outputs:
+                generation = self._open.get(output.request_id)
+                if generation is not None:
+                    self._follow(processor, output, generation)
+
+    def _follow(self, processor: Any, output: Any, generation: _Generation) -> None:
+        if output.new_token_ids and generation.first_token_ns is None:
+            generation.first_token_ns = context.wall_clock_ns()
+        generation.output_ids.extend(output.new_token_ids)
+        if output.prefill_stats is not None:
+            generation.cached_tokens = output.prefill_stats.num_cached_tokens
+        if output.request_id in processor.request_states:
+            return
+        reason = "stop" if output.finish_reason is None else str(output.finish_reason)
+        self._end(output.request_id, "error" if reason == "error" else "ok", reason)
+
+    def vanished(self, processor: Any, status: Literal["aborted", "error"], error: str = "") -> None:
+        """End every generation that vLLM has forgotten without a finish (`aborted`), or all of them (`error`)."""
+        with self._guard("ending generations"):
+            for request_id in list(self._open):
+                if status == "error" or request_id not in processor.request_states:
+                    self._end(request_id, status, "abort" if status == "aborted" else "error", error)
+
+    def _end(self, request_id: str, status: Literal["ok", "aborted", "error"], reason: str, error: str = "") -> None:
+        generation = self._open.pop(request_id)
+        ids = tuple(generation.output_ids)
+        captured = generation.request.capture is not None
+        texts = generation.bytes_of(ids) if generation.bytes_of is not None and self._settings.capture_text else ()
+        end = GenerationEnd(
+            trace_id=generation.request.trace_id,
+            span_id=generation.request.span_id,
+            end_ns=context.wall_clock_ns(),
+            status=status,
+            finish_reason=reason,
+            output_tokens=len(ids),
+            cached_tokens=generation.cached_tokens,
+            first_token_ns=generation.first_token_ns,
+            error=error,
+            output_token_ids=ids if captured else (),
+            output_token_bytes=texts,
+        )
+        self._channel().send(end)
+
+    @property
+    def idle(self) -> bool:
+        """True if no generation of this process is traced: the hooks then do nothing more."""
+        return not self._open
+
+    def _channel(self) -> Channel:
+        return process_channel(self._settings)
+
+    def _engine_infos(self) -> tuple[EngineInfo, ...]:
+        self._engines = self._engines or engine_infos(self._settings)
+        return self._engines
+
+    def _model(self) -> str:
+        infos = self._engine_infos()
+        return infos[0].model if infos else ""
+
+
+def _parameters(params: Any) -> dict[str, int | float | str | bool | list[str]]:
+    """The request's sampling parameters under their GenAI names."""
+    out = {name: getattr(params, name) for name in PARAMETERS if getattr(params, name, None) is not None}
+    if params.stop:
+        out["stop_sequences"] = list(params.stop)
+    if params.n > 1:
+        out["choice.count"] = params.n
+    return out
+
+
+def _attach(request: Any, traced: TraceRequest | None) -> None:
+    """Give the engine our TraceRequest, or make sure that it gets none; the caller's object is not changed."""
+    extra = request.sampling_params.extra_args
+    if traced is None and (not extra or EXTRA_ARGS_KEY not in extra):
+        return
+    params = copy.copy(request.sampling_params)
+    params.extra_args = {key: value for key, value in (extra or {}).items() if key not in (EXTRA_ARGS_KEY, TEXT_KEY)}
+    if traced is not None:
+        params.extra_args[EXTRA_ARGS_KEY] = context.to_extra_args(traced)
+        if _needs_every_query(traced.capture):
+            # No query exists for positions that come from the prefix cache.
+            params.skip_reading_prefix_cache = True
+    request.sampling_params = params
+
+
+def _needs_every_query(capture: CaptureSpec | None) -> bool:
+    return capture is not None and capture.attention is not None and capture.attention.rows == "all"
+
+
+def install(settings: Settings) -> None:
+    """Hook `OutputProcessor` in this process, once."""
+    frontend = Frontend(settings)
+    owner = compat.output_processor_class()
+
+    def add_request(original: Any) -> Any:
+        def hooked(self: Any, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *rest: Any, **named: Any) -> Any:  # noqa: E501  # fmt: skip
+            if request.request_id not in self.request_states:
+                frontend.begin(self, request, prompt, request_index)
+            return original(self, request, prompt, parent_req, request_index, *rest, **named)
+
+        return hooked
+
+    def process_outputs(original: Any) -> Any:
+        def hooked(self: Any, engine_core_outputs: Sequence[Any], *rest: Any, **named: Any) -> Any:
+            result = original(self, engine_core_outputs, *rest, **named)
+            if not frontend.idle:
+                frontend.outputs(self, engine_core_outputs)
+            return result
+
+        return hooked
+
+    def abort_requests(original: Any) -> Any:
+        def hooked(self: Any, request_ids: Iterable[str], internal: bool) -> Any:
+            result = original(self, request_ids, internal)
+            if not frontend.idle:
+                frontend.vanished(self, "aborted")
+            return result
+
+        return hooked
+
+    def propagate_error(original: Any) -> Any:
+        def hooked(self: Any, e: Exception) -> Any:
+            frontend.vanished(self, "error", f"{type(e).__name__}: {e}")
+            return original(self, e)
+
+        return hooked
+
+    hooks = (add_request, process_outputs, abort_requests, propagate_error)
+    for hook in hooks:
+        compat.patch(owner, hook.__name__, hook)

@@ -1,0 +1,60 @@
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes.
+
+Installed is not enabled: with neither TENSORSPAN_ENABLED nor TENSORSPAN_STORE set, nothing is imported or changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from tracer import config
+
+__all__ = ["register"]
+
+LOG = logging.getLogger("vllm.tensorspan")
+
+
+def register() -> None:
+    """Hook this process; safe to call again. Never raises: a tracer that cannot start must not stop the server."""
+    try:
+        settings = config.load()
+        if settings.active:
+            _register(settings)
+    except Exception:
+        LOG.exception("tensorspan: the plugin cannot start; vLLM serves without it")
+
+
+def _register(settings: config.Settings) -> None:
+    from tracer import export
+    from tracer.worker import compat, frontend
+
+    if not settings.socket:
+        # The first process of a server names the socket; its children inherit the name.
+        settings = replace(settings, socket=str(export.socket_path()))
+        config.publish(settings)
+    missing = compat.missing_names()
+    if missing:
+        LOG.error("tensorspan: vLLM %s lacks %s; no capture", compat.version(), ", ".join(missing))
+        return
+    if not compat.version().startswith(compat.KNOWN_VERSIONS):
+        LOG.warning("tensorspan: vLLM %s is not a version it was tested with", compat.version())
+    compat.patch(compat.worker_wrapper_class(), "initialize_from_config", lambda original: _hooked(original, settings))
+    frontend.install(settings)
+
+
+def _hooked(original: Any, settings: config.Settings) -> Any:
+    """`WorkerWrapperBase.initialize_from_config`, then our hooks: the KV caches exist, no graph is captured yet."""
+
+    def initialize_from_config(self: Any, kv_cache_configs: Any) -> Any:
+        result = original(self, kv_cache_configs)
+        try:
+            from tracer.worker import hooks
+
+            hooks.install(self.worker, settings)
+        except Exception:
+            LOG.exception("tensorspan: this worker cannot be hooked; it serves without capture")
+        return result
+
+    return initialize_from_config

@@ -1,0 +1,381 @@
+"""One engine step, from the scheduler's plan to the records: the only mutable state of the worker's side.
+
+    begin(plan) → attention(layer, …) per layer → forward_done(logits) → take_step() → finish(step, output)
+
+Each public method is one telemetry boundary: it never raises into vLLM. What a failure costs is said in the step's
+`dropped` list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from tracer._guard import Guard
+from tracer.context import from_extra_args, step_span_id, wall_clock_ns
+from tracer.export import Channel
+from tracer.records import (
+    ArrayRecord,
+    ArraySlice,
+    AttentionSpec,
+    AttentionSummary,
+    EngineInfo,
+    LogitsSummary,
+    StepRecord,
+    TraceRequest,
+    WorkerEnd,
+)
+from tracer.statistics import RowStatistics, logits_statistics, logits_summary
+from tracer.worker.attention import attention_rows, row_features, summarise
+from tracer.worker.batch import Row, Runner, StepView
+from tracer.worker.layers import Layer
+
+__all__ = ["Step", "StepTracer"]
+
+DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
+PREFILL_ROWS: Final = 256
+"""Query rows per record of the prompt's map: bounds a record's size."""
+
+
+@dataclass(slots=True)
+class _Traced:
+    """A request that has a TraceRequest, for as long as the scheduler knows it."""
+
+    request: TraceRequest
+    slots: dict[int, int]
+    """Layer index → place on the stored layer axis; empty without attention."""
+    heads: list[int]
+    attempt: int = 1
+    problems: list[str] = field(default_factory=list)
+    """`name: cause` of what was lost and not yet said."""
+
+    @property
+    def attention(self) -> AttentionSpec | None:
+        return self.request.capture.attention if self.request.capture else None
+
+    @property
+    def all_rows(self) -> bool:
+        return self.attention is not None and self.attention.rows == "all"
+
+
+@dataclass(slots=True)
+class _Work:
+    """One traced row of a step."""
+
+    row: Row
+    traced: _Traced
+    logits_row: int = -1
+    """Row of `Step.logits`; -1 if nothing is sampled."""
+    weights: torch.Tensor | None = None
+    """float32 [layers, heads, keys] of the last query row."""
+
+
+@dataclass(slots=True)
+class Step:
+    """A step between its forward pass and its sampled tokens."""
+
+    start_ns: int
+    view: StepView | None = None
+    works: list[_Work] = field(default_factory=list)
+    logits: torch.Tensor | None = None
+    """float32 [sampled traced rows, vocab], a copy from before grammar, penalties and temperature."""
+    statistics: RowStatistics | None = None
+
+
+class StepTracer:
+    """Turns the steps of one worker into records."""
+
+    def __init__(self, channel: Channel, runner: Runner, layers: Sequence[Layer], info: EngineInfo, topk: int) -> None:
+        self._channel = channel
+        self._runner = runner
+        self._layers = {layer.info.index: layer for layer in layers if layer.math is not None}
+        self._info = info
+        self._topk = max(2, min(topk, info.vocab_size))
+        self._guard = Guard()
+        self._traced: dict[str, _Traced] = {}
+        self._step: Step | None = None
+        self._wants_attention = False
+        self._lost: dict[str, int] = {}
+
+    # -- before the forward pass -------------------------------------------------------------------------------
+
+    def begin(self, scheduler_output: Any) -> bool:
+        """Note arrivals and departures; True if the coming step holds a traced request."""
+        self._step, self._wants_attention = None, False
+        with self._guard("begin"):
+            plan = self._runner.plan(scheduler_output)
+            for request_id in plan.finished:
+                self._forget(request_id)
+            for arrival in plan.arrived:
+                self._arrive(arrival.request_id, arrival.extra_args)
+            for request_id in plan.resumed & self._traced.keys():
+                self._traced[request_id].attempt += 1
+            scheduled = [self._traced[name] for name in plan.scheduled & self._traced.keys()]
+            self._wants_attention = any(traced.slots for traced in scheduled)
+            self._runner.demote(self._wants_attention)
+            if scheduled:
+                self._step = Step(wall_clock_ns())
+        return self._step is not None
+
+    def _arrive(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
+        request = from_extra_args(extra_args)
+        if request is None:
+            return
+        known = self._traced.get(request_id)
+        if known is not None:  # Runner V2 sees a preempted request as a new one.
+            known.attempt += 1
+            return
+        capture = request.capture
+        if capture is None or not capture.wants_attention:
+            self._traced[request_id] = _Traced(request, {}, [])
+            return
+        spec = capture.attention or AttentionSpec()
+        wanted = [index for index in spec.layers or sorted(self._layers) if index in self._layers]
+        heads = list(spec.heads or range(self._info.num_heads))
+        self._traced[request_id] = _Traced(request, {index: slot for slot, index in enumerate(wanted)}, heads)
+
+    def _forget(self, request_id: str) -> None:
+        traced = self._traced.pop(request_id, None)
+        if traced is not None:
+            lost = self._lost.pop(request_id, 0)
+            request = traced.request
+            self._channel.send(WorkerEnd(request.trace_id, request.span_id, self._info.rank, lost))
+
+    # -- during the forward pass -------------------------------------------------------------------------------
+
+    @property
+    def wants_attention(self) -> bool:
+        """The one comparison that an attention layer makes on every step."""
+        return self._wants_attention
+
+    def attention(self, index: int, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any) -> None:
+        """Weights of layer `index` for every row that asked for them; the cache already holds this step's keys."""
+        step = self._step
+        if step is None:
+            return
+        with self._guard("attention"), torch.no_grad():
+            for work in self._works(step):
+                if index not in work.traced.slots:
+                    continue
+                try:
+                    self._attend(self._layers[index], work, query, kv_cache, metadata)
+                except Exception as error:
+                    work.traced.problems.append(f"attention: layer {index}: {error}")
+                    raise
+
+    def _works(self, step: Step) -> list[_Work]:
+        """The traced rows of this step, worked out when the batch is first final."""
+        if step.view is None:
+            step.view = self._runner.view()
+            rows = [row for row in step.view.rows if row.request_id in self._traced]
+            step.works = [_Work(row, self._traced[row.request_id]) for row in rows]
+        return step.works
+
+    def _attend(self, layer: Layer, work: _Work, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any) -> None:
+        row, traced = work.row, work.traced
+        if not _is_causal(metadata):
+            raise ValueError("the step's attention is not causal")
+        needs_prompt = traced.all_rows and row.computed < row.prompt_tokens
+        if not (row.samples or needs_prompt):
+            return
+        keys = _keys(layer, row, kv_cache, metadata)
+        if needs_prompt:
+            self._prompt_rows(layer, work, query, keys)
+        if row.samples:
+            last = query[row.first + row.tokens - 1 : row.first + row.tokens]
+            weights = _weights(layer, last, keys, torch.tensor([row.position], device=keys.device))[:, 0]
+            self._keep(work, layer.info.index, weights)
+
+    def _keep(self, work: _Work, index: int, weights: torch.Tensor) -> None:
+        """Put one layer's row [heads, keys] in its place of the step's block."""
+        traced = work.traced
+        if work.weights is None:
+            shape = (len(traced.slots), len(traced.heads), weights.shape[-1])
+            work.weights = torch.zeros(shape, dtype=torch.float32, device=weights.device)
+        chosen = [head for head in traced.heads if head < weights.shape[0]]
+        work.weights[traced.slots[index], : len(chosen)] = weights[chosen] if len(chosen) < weights.shape[0] else weights
+
+    def _prompt_rows(self, layer: Layer, work: _Work, query: torch.Tensor, keys: torch.Tensor) -> None:
+        """Send this chunk's rows of the prompt's map, a bounded number at a time."""
+        row, traced = work.row, work.traced
+        assert traced.attention is not None
+        for start in range(row.computed, min(row.position + 1, row.prompt_tokens), PREFILL_ROWS):
+            stop = min(start + PREFILL_ROWS, row.position + 1, row.prompt_tokens)
+            part = query[row.first + start - row.computed : row.first + stop - row.computed]
+            weights = _weights(layer, part, keys[:, :stop], torch.arange(start, stop, device=keys.device))
+            chosen = [head for head in traced.heads if head < weights.shape[0]]
+            block = weights[chosen].to(DTYPES[traced.attention.dtype])
+            where = (traced.slots[layer.info.index], 0, start, 0)
+            arrays, payload = _pack([("attention_prefill", block, where)])
+            record = ArrayRecord(traced.request.trace_id, traced.request.span_id, traced.attempt, arrays)
+            if not self._channel.send(record, payload):
+                traced.problems.append("attention_prefill: queue full")
+
+    # -- after the forward pass --------------------------------------------------------------------------------
+
+    def forward_done(self, logits: torch.Tensor | None) -> None:
+        """Copy and count the traced rows of the raw logits [batch rows, vocab] before anything changes them."""
+        step, self._wants_attention = self._step, False
+        if step is None:
+            return
+        with self._guard("logits"), torch.no_grad():
+            sampling = [work for work in self._works(step) if work.row.samples]
+            if logits is None or not sampling:
+                return
+            for place, work in enumerate(sampling):
+                work.logits_row = place
+            picked = torch.tensor([work.row.index for work in sampling], device=logits.device)
+            step.logits = logits.index_select(0, picked).to(torch.float32)
+            step.statistics = logits_statistics(step.logits, self._topk)
+
+    def take_step(self) -> Step | None:
+        """The step waiting for its tokens; the tracer is free for the next one."""
+        step, self._step = self._step, None
+        return step
+
+    def finish(self, step: Step, output: Any) -> Any:
+        """Complete the step when its tokens are known: now, or when an asynchronous output is fetched."""
+        if not hasattr(output, "get_output"):
+            self._complete(step, output)
+            return output
+        fetch = output.get_output
+
+        def get_output() -> Any:
+            result = fetch()
+            self._complete(step, result)
+            return result
+
+        output.get_output = get_output
+        return output
+
+    def _complete(self, step: Step, output: Any) -> None:
+        with self._guard("records"), torch.no_grad():
+            end_ns = wall_clock_ns()
+            sampled = dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
+            for work in self._works(step):
+                tokens = sampled.get(work.row.request_id) or [None]
+                self._send(work, self._record(step, work, tokens[0], end_ns), self._arrays(step, work))
+
+    def _record(self, step: Step, work: _Work, token: int | None, end_ns: int) -> StepRecord:
+        row, request, view = work.row, work.traced.request, step.view
+        assert view is not None
+        return StepRecord(
+            trace_id=request.trace_id,
+            span_id=request.span_id,
+            step_span_id=step_span_id(request.span_id, row.position, work.traced.attempt),
+            step=row.step,
+            phase="prefill" if row.is_prefill else "decode",
+            attempt=work.traced.attempt,
+            position=row.position,
+            tokens=row.tokens,
+            kv_len=row.position + 1,
+            start_ns=step.start_ns,
+            end_ns=end_ns,
+            sampled=request.sampled,
+            batch_requests=len(view.rows),
+            batch_tokens=view.tokens,
+            cuda_graph=view.cuda_graph,
+            token_id=token,
+            logits=self._logits(step, work, token),
+            attention=self._attention(work),
+            capture=request.capture is not None,
+        )
+
+    def _logits(self, step: Step, work: _Work, token: int | None) -> LogitsSummary | None:
+        if step.logits is None or step.statistics is None or work.logits_row < 0 or token is None:
+            return None
+        return logits_summary(step.logits[work.logits_row], step.statistics, work.logits_row, token)
+
+    def _attention(self, work: _Work) -> AttentionSummary | None:
+        if work.weights is None:
+            return None
+        features = row_features(work.weights, work.row.prompt_tokens)
+        return summarise(work.weights, features, list(work.traced.slots), work.traced.heads)
+
+    def _arrays(self, step: Step, work: _Work) -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
+        """(name, tensor, start) of everything this row stores."""
+        capture = work.traced.request.capture
+        out: list[tuple[str, torch.Tensor, tuple[int, ...]]] = []
+        if capture is None:
+            return out
+        if capture.logits is not None and step.logits is not None and work.logits_row >= 0:
+            row = step.logits[work.logits_row]
+            dtype = DTYPES[capture.logits.dtype]
+            if capture.logits.top is None:
+                out.append(("logits", row.to(dtype), (0,)))
+            else:
+                values, ids = torch.topk(row, capture.logits.top)
+                out += [("logits_topk", values.to(dtype), (0,)), ("logits_topk_id", ids.to(torch.int32), (0,))]
+        if work.weights is not None:
+            if capture.attention is not None:
+                out.append(("attention", work.weights.to(DTYPES[capture.attention.dtype]), (0, 0, 0)))
+            features = row_features(work.weights, work.row.prompt_tokens)
+            out.append(("attention_summary", features, (0, 0, 0)))
+        return out
+
+    def _send(self, work: _Work, record: StepRecord, arrays: list[tuple[str, torch.Tensor, tuple[int, ...]]]) -> None:
+        """Hand the record over whole; without its arrays if the queue is full; else count it."""
+        traced, slots = work.traced, ()
+        payload: list[memoryview] = []
+        if arrays:
+            slots, payload = _pack(arrays)
+        dropped = tuple(traced.problems)
+        if self._channel.send(_with(record, slots, dropped), payload):
+            traced.problems.clear()
+            return
+        dropped += tuple(f"{name}: queue full" for name, _, _ in arrays)
+        if arrays and self._channel.send(_with(record, (), dropped)):
+            traced.problems.clear()
+            return
+        request_id = work.row.request_id
+        self._lost[request_id] = self._lost.get(request_id, 0) + 1
+
+
+def _with(record: StepRecord, arrays: tuple[ArraySlice, ...], dropped: tuple[str, ...]) -> StepRecord:
+    from dataclasses import replace
+
+    return replace(record, arrays=arrays, dropped=dropped)
+
+
+def _weights(layer: Layer, query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    assert layer.math is not None
+    return attention_rows(query, keys, positions, layer.math)
+
+
+def _is_causal(metadata: Any) -> bool:
+    return getattr(metadata, "causal", True) is True and getattr(metadata, "dynamic_causal", None) is None
+
+
+def _keys(layer: Layer, row: Row, kv_cache: torch.Tensor, metadata: Any) -> torch.Tensor:
+    """Keys of positions 0 … last of this request, [kv_heads, keys, head_size], from the paged cache.
+
+    The step's own keys are in the cache too: backends with a separate cache update (the only ones accepted) store
+    them before attention runs. Blocks that a sliding window has given back hold other keys; they are masked.
+    """
+    assert layer.keys is not None
+    length = row.position + 1
+    count = -(-length // layer.keys.block_size)
+    blocks = metadata.block_table[row.index, :count].to(torch.int64)
+    return layer.keys.read(kv_cache, blocks)[:, :length]
+
+
+def _pack(
+    arrays: Sequence[tuple[str, torch.Tensor, tuple[int, ...]]],
+) -> tuple[tuple[ArraySlice, ...], list[memoryview]]:
+    """Descriptions and bytes of tensors, laid out one after the other."""
+    slices, payload = [], []
+    offset = 0
+    for name, start, host in _on_host(arrays):
+        view = memoryview(host)
+        slices.append(ArraySlice(name, str(host.dtype), host.shape, offset, start))
+        payload.append(view)
+        offset += view.nbytes
+    return tuple(slices), payload
+
+
+def _on_host(arrays: Sequence[tuple[str, torch.Tensor, tuple[int, ...]]]) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    for name, tensor, start in arrays:
+        yield name, start, tensor.contiguous().cpu().numpy()
