@@ -24,6 +24,8 @@ from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationSta
 __all__ = ["ZarrExporter"]
 
 LOG: Final = logging.getLogger("tensorspan.zarr")
+FAILURES: Final = (OSError, ValueError, TypeError, OverflowError)
+"""The file system's, and those of values that no array or JSON can hold: each ends one capture and nothing else."""
 
 
 class ZarrExporter:
@@ -52,7 +54,7 @@ class ZarrExporter:
                 self._begin(record)
             elif (capture := self._open.get(record.span_id)) is not None:
                 self._pass_on(capture, record, payload)
-        except OSError as error:
+        except FAILURES as error:
             self._fail(record.span_id, error)
 
     def force_flush(self, timeout_s: float) -> bool:
@@ -67,7 +69,7 @@ class ZarrExporter:
                 return False
             try:
                 capture.interrupted(time.time_ns())
-            except OSError as error:
+            except FAILURES as error:
                 self._fail(span_id, error)
             self._open.pop(span_id, None)
         return True
@@ -97,20 +99,19 @@ class ZarrExporter:
             capture.end(record, record.status)
             del self._open[record.span_id]
 
-    def _fail(self, span_id: str, error: OSError) -> None:
+    def _fail(self, span_id: str, error: Exception) -> None:
         """The capture is lost from here on; serving and other captures go on."""
-        cause = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        cause = errno.errorcode.get(getattr(error, "errno", None) or 0, type(error).__name__)
         self.lost[cause] = self.lost.get(cause, 0) + 1
-        where = error.filename or self._root
         self.problem = (
-            f"capture {span_id} cannot be written: {error.strerror or error} ({where}); make {os.fspath(self._root)} "
-            "writable or free space; the next capture tries again"
+            f"capture {span_id} cannot be written: {error}; make {os.fspath(self._root)} writable or free space; "
+            "the next capture tries again"
         )
         LOG.error("tensorspan: %s", self.problem)
         capture = self._open.pop(span_id, None)
         if capture is not None:
-            with contextlib.suppress(OSError):
-                capture.abandon(f"the store could not be written: {error.strerror or error}")
+            with contextlib.suppress(*FAILURES):
+                capture.abandon(f"the store could not be written: {error}")
 
 
 def _ensure_group(directory: Path, kind: str, attributes: dict[str, str]) -> None:

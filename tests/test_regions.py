@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tracer.records import Region
 from tracer.regions import find_regions
 
@@ -9,7 +11,7 @@ from tracer.regions import find_regions
 def split(text: str, *cuts: int) -> list[bytes]:
     data = text.encode()
     edges = [0, *cuts, len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 def test_messages_and_template_cover_the_prompt() -> None:

@@ -123,7 +123,7 @@ def inherited() -> dict[str, str]:
 
 def runtime_directory() -> Path:
     """Where sockets and engine facts of running servers live: private to the user, gone at reboot."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp"
+    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - a directory of the user's own below it
     return Path(base) / f"tensorspan-{os.getuid()}"
 
 

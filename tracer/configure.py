@@ -104,7 +104,8 @@ class ExporterProcess:
     def _wait(self) -> None:
         """Sleep until a producer writes, unless one already has."""
         rings = [client.ring for client in self._clients.values() if client.ring is not None]
-        idle = all([ring.set_waiting(True) for ring in rings])
+        waiting = [ring.set_waiting(True) for ring in rings]
+        idle = all(waiting)
         for key, _ in self._selector.select(TICK_SECONDS if idle else 0.0):
             if key.fileobj is self._listener:
                 self._accept()
@@ -204,6 +205,9 @@ def _remove(path: Path) -> None:
 
 def main() -> None:
     """`python -m tracer.configure SOCKET`: the whole exporter process."""
+    if os.fork():
+        # The caller gets its child back at once; what goes on belongs to nobody who could be killed with its children.
+        os._exit(0)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [tensorspan] %(message)s")
     # A vLLM worker may have bound itself to some cores; its child need not stay there.
     with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -74,7 +75,7 @@ class Channel:
         while (conn := _open_socket(path)) is None:
             _ensure_process(path, self.settings)
             if time.monotonic() > deadline:
-                LOG.error("tensorspan: no exporter process at %s after %.0f s; spans and captures are lost", path, timeout_s)
+                LOG.error("tensorspan: no exporter process at %s after %.0f s; traces are lost", path, timeout_s)
                 return False
             threading.Event().wait(0.05)
         hello = json.dumps({"role": self.role, "pid": os.getpid()}).encode() + b"\n"
@@ -113,9 +114,9 @@ class Channel:
 
     def close(self) -> None:
         """Say goodbye; the exporter reads what is left in the ring first."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        conn, self._socket = self._socket, None
+        if conn is not None:
+            conn.close()
 
     def _wake(self) -> None:
         assert self._socket is not None
@@ -125,7 +126,7 @@ class Channel:
             return  # The exporter has unread wake-ups: it is awake.
         except OSError:
             LOG.warning("tensorspan: the exporter process went away; starting it again")
-            self._socket = None
+            self.close()
             self._reconnect_later()
 
     def _reconnect_later(self) -> None:
@@ -147,8 +148,6 @@ class Channel:
 
 
 _CHANNELS: dict[tuple[int, str], Channel] = {}
-_STARTED: list[subprocess.Popen[bytes]] = []
-"""Exporter processes that this process has started."""
 
 
 def process_channel(settings: Settings, role: str = "api", capacity_mb: int = 16) -> Channel:
@@ -210,16 +209,15 @@ def _ensure_process(path: Path, settings: Settings) -> None:
             return
         # The child inherits the locked descriptor: the lock is free again when it ends, however it ends.
         environment = {**config.inherited(), **config.child_environment(replace(settings, socket=str(path)))}
-        # Kept, so that an ended one is reaped and a running one is not reported as forgotten.
-        _STARTED[:] = [started for started in _STARTED if started.poll() is None]
-        process = subprocess.Popen(
+        # It forks and leaves at once: vLLM kills the children of its processes, and this one must outlive them.
+        subprocess.run(
             [sys.executable, "-m", "tracer.configure", str(path)],
             pass_fds=[lock.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             env=environment,
+            check=False,
         )
-        _STARTED.append(process)
 
 
 def _await_line(conn: socket.socket, wanted: bytes, timeout_s: float) -> bool:
@@ -227,13 +225,12 @@ def _await_line(conn: socket.socket, wanted: bytes, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     buffer = b""
     while wanted not in buffer.split(b"\n"):
-        conn.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
-            data = conn.recv(4096)
-        except OSError:
+            # Not a timeout on the socket: the engine's step sends its wake-ups through it meanwhile.
+            readable, _, _ = select.select([conn], [], [], max(deadline - time.monotonic(), 0.0))
+            data = conn.recv(4096) if readable else b""
+        except (OSError, ValueError):  # Closed by a sender that found the exporter gone.
             data = b""
-        finally:
-            conn.setblocking(False)
         if not data:
             return False
         buffer += data

@@ -39,7 +39,7 @@ KINDS: Final[dict[int, type]] = {
 }
 NUMBERS: Final = {kind: number for number, kind in KINDS.items()}
 _ENCODER: Final = msgspec.msgpack.Encoder()
-_DECODERS: Final = {number: msgspec.msgpack.Decoder(kind) for number, kind in KINDS.items()}
+_DECODERS: Final[dict[int, Any]] = {number: msgspec.msgpack.Decoder(kind) for number, kind in KINDS.items()}
 
 
 def encode(record: Record) -> tuple[int, bytes]:

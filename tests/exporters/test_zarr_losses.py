@@ -270,3 +270,15 @@ def test_the_same_span_twice_does_not_overwrite(tmp_path: Path) -> None:
     out.export(generation.start(), NOTHING)
     assert out.lost == {"EEXIST": 1}
     assert attributes(path)["complete"] is True
+
+
+def test_values_that_no_array_can_hold_end_one_capture_only(tmp_path: Path) -> None:
+    generation, out = Synthetic(steps=1, spec=DECODE), exporter(tmp_path)
+    out.export(engine(), NOTHING)
+    out.export(generation.start(), NOTHING)
+    out.export(*generation.step(0))
+    out.export(generation.end(output_token_ids=(2**40,)), NOTHING)
+    assert out.lost == {"OverflowError": 1}
+    found = attributes(generation.path(tmp_path))
+    assert (found["complete"], found["closed"], found["status"]) == (False, True, "failed")
+    assert out.shutdown(1.0)

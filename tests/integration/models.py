@@ -35,8 +35,13 @@ def _common(**extra: Any) -> dict[str, Any]:
 
 def _gemma2() -> Any:
     return transformers.Gemma2Config(
-        **_common(attn_logit_softcapping=5.0, final_logit_softcapping=10.0, sliding_window=24, query_pre_attn_scalar=24,
-                  tie_word_embeddings=True)  # fmt: skip
+        **_common(
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=10.0,
+            sliding_window=24,
+            query_pre_attn_scalar=24,
+            tie_word_embeddings=True,
+        )
     )
 
 

@@ -16,6 +16,7 @@ from tracer import open_capture
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-5
+WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32"
 COMPILED = {"llama", "gemma2"}
 
 
@@ -28,9 +29,9 @@ def test_attention_and_logits_equal_eager(
     family: str, models: Path, offline: Callable[..., Any], generate: Callable[..., Any]
 ) -> None:
     path, tokens = make_model(family, models), prompt(70)
-    with offline(path, enforce_eager=family not in COMPILED) as (llm, record):
-        with record("logits;dtype=f32, attention;rows=all;dtype=f32") as run:
-            [answer] = generate(llm, [tokens])
+    eager = family not in COMPILED
+    with offline(path, enforce_eager=eager) as (llm, record), record(WHOLE) as run:
+        [answer] = generate(llm, [tokens])
     want, cap = oracle(path, tokens + answer), open_capture(run.store, run.span_ids[0])
     assert cap.complete, cap.missing
     assert [token.id for token in cap.tokens] == tokens + answer

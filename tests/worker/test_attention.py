@@ -30,7 +30,8 @@ def oracle(query: np.ndarray, key: np.ndarray, position: int, head: int, group: 
     extra = [] if math_.sinks is None else [float(math_.sinks[head])]
     top = max([scores.max(), *extra])
     weights = np.exp(scores - top)
-    return weights / (weights.sum() + sum(math.exp(value - top) for value in extra))
+    row: np.ndarray = weights / (weights.sum() + sum(math.exp(value - top) for value in extra))
+    return row
 
 
 @st.composite

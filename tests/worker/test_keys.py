@@ -29,11 +29,7 @@ def test_every_layout_of_the_cpu_backend_is_learned(
 ) -> None:
     layer, heads = cpu_layer(head_size, isa), 3
     cache = torch.zeros(8, heads, block_size, 2 * head_size, dtype=dtype)
-    try:
-        layout = learn(layer, cache)
-    except RuntimeError as error:  # This build has no such kernel: it must say so, not return a layout.
-        assert "isa" in str(error).lower() or isinstance(error, LayoutError)
-        return
+    layout = learn(layer, cache)
     key = torch.randn(2 * block_size, heads, head_size).to(dtype)
     slots = torch.cat([torch.arange(block_size) + 5 * block_size, torch.arange(block_size) + 2 * block_size])
     layer.impl.do_kv_cache_update(layer, key, key.clone(), cache, slots)

@@ -83,10 +83,10 @@ def summarise(weights: torch.Tensor, features: torch.Tensor, layers: list[int], 
 
     weights: [layers, heads, keys]; features: [layers, heads, 4]; layers, heads: the model's indices of those axes.
     """
-    mean = features.mean(dim=(0, 1)).tolist()
+    entropy, sink, prompt, own = features.mean(dim=(0, 1)).tolist()
     if weights.shape[-1] < 2:
-        return AttentionSummary(*mean, top_position=-1, top_weight=0.0, top_layer=-1, top_head=-1)
+        return AttentionSummary(entropy, sink, prompt, own, -1, 0.0, -1, -1)
     best, at = weights[..., 1:].flatten().max(dim=0)
     row, column = divmod(int(at), weights.shape[-1] - 1)
     layer, head = divmod(row, weights.shape[1])
-    return AttentionSummary(*mean, column + 1, float(best), layers[layer], heads[head])
+    return AttentionSummary(entropy, sink, prompt, own, column + 1, float(best), layers[layer], heads[head])

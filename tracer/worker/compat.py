@@ -112,5 +112,5 @@ def patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
     if not getattr(original, "_tensorspan", False):
         replacement = make(original)
-        replacement._tensorspan = True
+        replacement._tensorspan = True  # noqa: SLF001 - our own mark on our own function
         setattr(owner, name, replacement)

@@ -17,7 +17,6 @@ from tracer import context
 from tracer._guard import Guard
 from tracer.config import Settings
 from tracer.context import ACTIVE, EXTRA_ARGS_KEY, TEXT_KEY, Inbound
-from tracer.errors import TensorspanError
 from tracer.export import Channel, engine_infos, process_channel
 from tracer.records import CaptureSpec, EngineInfo, GenerationEnd, GenerationStart, TraceRequest
 from tracer.regions import find_regions

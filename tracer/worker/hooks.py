@@ -81,7 +81,7 @@ def _unavailable(worker: Any) -> str | None:
     missing += [f"model_runner.{name}" for name in compat.V1_ATTRIBUTES if not hasattr(runner, name)]
     parallel = config.parallel_config
     checks = (
-        (worker.use_v2_model_runner, "model runner V2 is not supported by this release; set VLLM_USE_V2_MODEL_RUNNER=0"),
+        (worker.use_v2_model_runner, "model runner V2 is not supported; set VLLM_USE_V2_MODEL_RUNNER=0"),
         (bool(missing), f"vLLM {compat.version()} lacks {', '.join(missing)}"),
         (config.speculative_config is not None, "speculative decoding is not supported by this release"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported by this release"),

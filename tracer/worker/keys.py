@@ -124,7 +124,7 @@ def _affine(offsets: torch.Tensor) -> tuple[int, int, int] | None:
 
 
 def _interior_contiguous(kv_cache: torch.Tensor) -> bool:
-    return kv_cache.stride(3) == 1 and kv_cache.stride(2) == kv_cache.shape[3]
+    return bool(kv_cache.stride(3) == 1 and kv_cache.stride(2) == kv_cache.shape[3])
 
 
 def _verify(layer: Any, scratch: torch.Tensor, layout: KeyLayout) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,6 +19,9 @@ from tracer.worker.attention import LayerMath
 from tracer.worker.keys import KeyLayout, LayoutError, learn
 
 __all__ = ["Layer", "describe_layers"]
+
+PLAIN_DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
+"""Cache types that hold keys as they are, without scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def _refusal(module: Any) -> str | None:
     checks = (
         (compat.attention_type(impl) != "decoder", f"attention type {compat.attention_type(impl)!r} is not causal"),
         (module.kv_sharing_target_layer_name is not None, "it reads another layer's KV cache"),
-        (module.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"), f"KV cache dtype {module.kv_cache_dtype}"),
+        (module.kv_cache_dtype not in PLAIN_DTYPES, f"KV cache of type {module.kv_cache_dtype}"),
         (module.use_alibi_sqrt, "square-root ALiBi"),
         (module.use_mm_prefix, "bidirectional attention over image tokens"),
         (getattr(impl, "chunk_lookback", -1) > -1, "chunked attention with lookback"),

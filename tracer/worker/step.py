@@ -9,7 +9,7 @@ Each public method is one telemetry boundary: it never raises into vLLM. What a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -196,7 +196,8 @@ class StepTracer:
             shape = (len(traced.slots), len(traced.heads), weights.shape[-1])
             work.weights = torch.zeros(shape, dtype=torch.float32, device=weights.device)
         chosen = [head for head in traced.heads if head < weights.shape[0]]
-        work.weights[traced.slots[index], : len(chosen)] = weights[chosen] if len(chosen) < weights.shape[0] else weights
+        every = len(chosen) == weights.shape[0]
+        work.weights[traced.slots[index], : len(chosen)] = weights if every else weights[chosen]
 
     def _prompt_rows(self, layer: Layer, work: _Work, query: torch.Tensor, keys: torch.Tensor) -> None:
         """Send this chunk's rows of the prompt's map, a bounded number at a time."""
@@ -318,26 +319,18 @@ class StepTracer:
 
     def _send(self, work: _Work, record: StepRecord, arrays: list[tuple[str, torch.Tensor, tuple[int, ...]]]) -> None:
         """Hand the record over whole; without its arrays if the queue is full; else count it."""
-        traced, slots = work.traced, ()
-        payload: list[memoryview] = []
-        if arrays:
-            slots, payload = _pack(arrays)
+        traced = work.traced
+        slots, payload = _pack(arrays)
         dropped = tuple(traced.problems)
-        if self._channel.send(_with(record, slots, dropped), payload):
+        if self._channel.send(replace(record, arrays=slots, dropped=dropped), payload):
             traced.problems.clear()
             return
         dropped += tuple(f"{name}: queue full" for name, _, _ in arrays)
-        if arrays and self._channel.send(_with(record, (), dropped)):
+        if arrays and self._channel.send(replace(record, dropped=dropped)):
             traced.problems.clear()
             return
         request_id = work.row.request_id
         self._lost[request_id] = self._lost.get(request_id, 0) + 1
-
-
-def _with(record: StepRecord, arrays: tuple[ArraySlice, ...], dropped: tuple[str, ...]) -> StepRecord:
-    from dataclasses import replace
-
-    return replace(record, arrays=arrays, dropped=dropped)
 
 
 def _weights(layer: Layer, query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

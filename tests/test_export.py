@@ -1,0 +1,115 @@
+"""The channel against a real exporter process: hand-over, flush, loss, restart, goodbye."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tracer.config import Settings
+from tracer.export import Channel, engine_infos, publish_engine
+from tracer.records import EngineInfo, GenerationEnd, GenerationStart, RequestSpan, StepRecord
+
+TRACE = "a" * 32
+INFO = EngineInfo("m", "0.32.0", "V1", "cpu", "float32", 8, 64)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(enabled=True, store=str(tmp_path / "store"), socket=str(tmp_path / "x.sock"))
+
+
+@pytest.fixture
+def channels(settings: Settings) -> Iterator[Callable[[str], Channel]]:
+    opened: list[Channel] = []
+
+    def connect(role: str, capacity: int = 1 << 20) -> Channel:
+        channel = Channel(settings, role, capacity)
+        assert channel.connect()
+        opened.append(channel)
+        return channel
+
+    yield connect
+    for channel in opened:
+        channel.close()
+
+
+def generation(span_id: str) -> tuple[GenerationStart, StepRecord, GenerationEnd]:
+    start = GenerationStart(TRACE, span_id, None, True, 10, "r", "m", "chat")
+    step = StepRecord(TRACE, span_id, span_id[::-1], 0, "prefill", 1, 3, 4, 4, 11, 12)
+    return start, step, GenerationEnd(TRACE, span_id, 20, "ok", "stop", 1)
+
+
+def spans(settings: Settings) -> list[str]:
+    lines = [line for file in Path(settings.store).glob("spans/*.jsonl") for line in file.read_text().splitlines()]
+    resources = [resource for line in lines for resource in json.loads(line)["resourceSpans"]]
+    return [span["name"] for resource in resources for scope in resource["scopeSpans"] for span in scope["spans"]]
+
+
+def test_records_of_two_processes_become_spans(settings: Settings, channels: Callable[..., Channel]) -> None:
+    api, worker = channels("api"), channels("worker")
+    start, step, end = generation("b" * 15 + "1")
+    worker.greet(INFO)
+    assert all([api.send(start), worker.send(step), api.send(end)])
+    assert api.flush([start.span_id], 30)
+    assert sorted(spans(settings)) == ["chat m", "prefill"]
+
+
+def test_a_full_ring_refuses_and_counts(settings: Settings) -> None:
+    channel = Channel(settings, "worker", 4096)  # Never connected: nobody reads.
+    channel._reconnecting = True
+    sent = [channel.send(generation("b" * 16)[1]) for _ in range(50)]
+    assert sent[0]
+    assert not sent[-1]
+    assert channel.lost == sent.count(False)
+
+
+def test_a_dead_exporter_is_replaced_and_hears_the_greeting_again(
+    settings: Settings, channels: Callable[..., Channel]
+) -> None:
+    worker = channels("worker")
+    worker.greet(INFO)
+    api = channels("api")
+    assert api.flush([], 30)
+    os.kill(exporter_pid(settings), signal.SIGKILL)
+    for channel in (api, worker):
+        deadline = threading.Event()
+        while channel._socket is None or not channel.flush([], 1):
+            channel.send(RequestSpan(TRACE, "c" * 16, None, 1, 2, "POST", "/x", 200))
+            deadline.wait(0.05)
+    start, step, end = generation("b" * 15 + "2")
+    assert all([api.send(start), worker.send(step), api.send(end)])
+    assert api.flush([start.span_id], 30)
+    assert "prefill" in spans(settings)
+
+
+def test_the_exporter_leaves_nothing_behind(settings: Settings, channels: Callable[..., Channel]) -> None:
+    api = channels("api")
+    publish_engine(settings, INFO)
+    assert engine_infos(settings) == (INFO,)
+    pid = exporter_pid(settings)
+    ended = os.pidfd_open(pid)
+    api.close()
+    import select
+
+    assert select.select([ended], [], [], 30)[0]
+    os.close(ended)
+    assert list(Path(settings.socket).parent.glob("x.*")) == []
+
+
+def exporter_pid(settings: Settings) -> int:
+    """The process whose command line names our socket."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"tracer.configure" in words and settings.socket.encode() in words:
+                return int(entry.name)
+    raise AssertionError("no exporter process")
