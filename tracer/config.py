@@ -21,11 +21,13 @@ __all__ = [
     "child_environment",
     "inherited",
     "load",
+    "otlp_endpoint",
     "otlp_protocol",
     "publish",
     "reference",
     "runtime_directory",
     "spans_disabled",
+    "vllm_plugins",
 ]
 
 PREFIX: Final = "TENSORSPAN_"
@@ -68,7 +70,7 @@ def load(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] 
     """
     env = os.environ if environ is None else environ
     named = {key[len(PREFIX) :].lower(): value for key, value in env.items() if key.startswith(PREFIX)}
-    path = named.get("file", "")
+    path = str((overrides or {}).get("file") or named.get("file", ""))
     merged: dict[str, Any] = {**_from_file(path), **named, **(overrides or {})}
     known = {f.name: f for f in fields(Settings)}
     for name in merged:
@@ -88,13 +90,11 @@ def publish(settings: Settings) -> None:
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """The `TENSORSPAN_*` variables that reproduce `settings`; those at their default are left out."""
-    out = {}
-    for item in fields(Settings):
-        value = getattr(settings, item.name)
-        if value != item.default or item.name in ("enabled", "store"):
-            out[PREFIX + item.name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
-    return out
+    """The `TENSORSPAN_*` variables that reproduce `settings`: all of them, so that nothing inherited shows through."""
+    values = {item.name: getattr(settings, item.name) for item in fields(Settings)}
+    # What a file said is in `settings` already; read again, it would win over values that are back at their default.
+    values["file"] = ""
+    return {PREFIX + name.upper(): str(int(v)) if isinstance(v, bool) else str(v) for name, v in values.items()}
 
 
 def reference() -> list[tuple[str, str, str]]:
@@ -104,11 +104,16 @@ def reference() -> list[tuple[str, str, str]]:
 
 def otlp_protocol() -> str | None:
     """`grpc` or `http/protobuf` if a collector is configured by `OTEL_*`, else None (spans go to a file)."""
-    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    if not any(os.environ.get(name) for name in names):
+    if otlp_endpoint() is None:
         return None
     general = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", general)
+
+
+def otlp_endpoint() -> str | None:
+    """The collector that `OTEL_*` names for spans; None if it names none."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next((value for name in names if (value := os.environ.get(name))), None)
 
 
 def spans_disabled() -> bool:
@@ -119,6 +124,12 @@ def spans_disabled() -> bool:
 def inherited() -> dict[str, str]:
     """This process's environment, for a child process."""
     return dict(os.environ)
+
+
+def vllm_plugins() -> tuple[str, ...] | None:
+    """The only plugins that vLLM may load (its own variable `VLLM_PLUGINS`); None if it loads all."""
+    value = os.environ.get("VLLM_PLUGINS")
+    return None if value is None else tuple(name.strip() for name in value.split(","))
 
 
 def runtime_directory() -> Path:

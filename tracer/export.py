@@ -164,7 +164,16 @@ def socket_path() -> Path:
     """A fresh socket path for one server or script, in a directory only this user may enter."""
     base = config.runtime_directory()
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _sweep(base)
     return base / f"{os.getpid()}-{os.urandom(4).hex()}.sock"
+
+
+def _sweep(base: Path) -> None:
+    """Remove what servers left that were killed with their exporter: files of processes that no longer exist."""
+    for file in base.glob("*-*.*"):
+        pid = file.name.partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            file.unlink(missing_ok=True)
 
 
 def publish_engine(settings: Settings, info: EngineInfo) -> None:

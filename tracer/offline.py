@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ from tracer.context import ACTIVE, Inbound, parse_capture
 from tracer.errors import CaptureUnavailableError, SettingsError, StoreError
 from tracer.export import process_channel, socket_path
 
-__all__ = ["CaptureRun", "capture"]
+__all__ = ["CaptureRun", "capture", "store_directory"]
 
 FLUSH_SECONDS: Final = 60.0
 """How long leaving the block waits until every capture of the run is on disk."""
@@ -51,8 +52,8 @@ def capture(what: str = "logits, attention", store: str | Path = "captures", **s
     SettingsError if engines of this process already run with other settings.
     """
     spec = parse_capture(what)
-    root = _writable(Path(store))
-    ready = _settings({**settings, "store": str(root)})
+    root = store_directory(store)
+    ready = _settings({**settings, "store": str(root), "enabled": True})
     config.publish(ready)
     _register()
     run = CaptureRun(root, Inbound.offline(spec, sampled=ready.trace))
@@ -79,15 +80,16 @@ def _settings(wanted: dict[str, Any]) -> config.Settings:
     return current
 
 
-def _writable(root: Path) -> Path:
-    """The absolute store, made if it is not there; raises StoreError if it cannot be written."""
+def store_directory(store: str | Path) -> Path:
+    """The absolute store, made if it is not there; StoreError if it cannot be written."""
+    root = Path(store).expanduser()
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        probe = root / ".tensorspan-probe"
+        probe = root / f".tensorspan-probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise StoreError(f"cannot write captures to {root}: {error}; choose another store=") from error
+        raise StoreError(f"the store {root} cannot be written: {error.strerror}; choose another store (TENSORSPAN_STORE, --store)") from error
     return root.resolve()
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from tracer import CaptureRun, capture
+from deploy.model import demo_model
+from tests.integration.receiver import Receiver
+from tests.integration.server import Server, server_environment
+from tracer import capture
 
 CACHE_BYTES = 1 << 26
 
@@ -39,9 +42,6 @@ def engine_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
-
-
-Session = Callable[..., Any]
 
 
 @pytest.fixture
@@ -86,4 +86,48 @@ def generate() -> Callable[..., list[list[int]]]:
     return run
 
 
-__all__ = ["CaptureRun"]
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """SmolLM2-135M-Instruct in float32, converted once per machine."""
+    return demo_model("float32")
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[Receiver]:
+    """A collector that the server's exporter process sends to."""
+    running = Receiver()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def server_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of the session's server."""
+    return tmp_path_factory.mktemp("server-captures")
+
+
+@pytest.fixture(scope="session")
+def server(
+    demo: Path, receiver: Receiver, server_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One compiled float32 server for the session; prompts over 32 tokens are prefilled in chunks."""
+    environment = server_environment(
+        TENSORSPAN_STORE=str(server_store),
+        OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint,
+        OTEL_EXPORTER_OTLP_INSECURE="true",
+        OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT="SPAN_ONLY",
+    )
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = (
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "1024",
+        "--max-num-batched-tokens",
+        "32",
+        "--max-num-seqs",
+        "16",
+    )
+    running = Server.vllm(demo, log, environment, *options)
+    yield running
+    running.stop()

@@ -53,7 +53,9 @@ class Server:
         module = "vllm.entrypoints.openai.api_server"
         base = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
         middleware = ["--middleware", "tracer.middleware.TracingMiddleware"]
-        return cls([sys.executable, "-m", module, "--model", str(model), *base, *middleware, *options], log, port, environment)
+        return cls(
+            [sys.executable, "-m", module, "--model", str(model), *base, *middleware, *options], log, port, environment
+        )
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS

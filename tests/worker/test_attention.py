@@ -65,7 +65,8 @@ def test_rows_equal_the_definition(case: tuple[torch.Tensor, torch.Tensor, torch
             np.testing.assert_allclose(got[head, row], want, atol=2e-6)
 
 
-def test_long_prompts_in_parts_equal_one_softmax() -> None:
+def test_long_prompts_in_parts_equal_one_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracer.worker.attention.SCORES_AT_ONCE", 256 * 2 * 600)
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(600, 2, 8, generator=generator), torch.randn(1, 600, 8, generator=generator)
     got = attention_rows(query, key, torch.arange(600), LayerMath(0.3))

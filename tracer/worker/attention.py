@@ -17,8 +17,8 @@ __all__ = ["FEATURES", "LayerMath", "attention_rows", "row_features", "summarise
 
 FEATURES: Final = ("entropy", "sink_mass", "prompt_mass", "self_weight")
 """Last axis of `row_features`, in this order."""
-ROWS_AT_ONCE: Final = 256
-"""Query rows per softmax: bounds the memory of a long prompt's map."""
+SCORES_AT_ONCE: Final = 1 << 23
+"""Scores per softmax, 32 MB in float32: bounds the memory of a long prompt's map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,10 @@ def attention_rows(query: torch.Tensor, key: torch.Tensor, positions: torch.Tens
     query: [rows, heads, head_size] after rotary embedding; key: [kv_heads, keys, head_size], key j at position j;
     positions: int64 [rows], absolute. Keys after a row's position and outside its window get exactly 0.
     """
+    rows = max(1, SCORES_AT_ONCE // (query.shape[1] * key.shape[1]))
     parts = [
-        _softmax_rows(query[start : start + ROWS_AT_ONCE], key, positions[start : start + ROWS_AT_ONCE], math)
-        for start in range(0, len(query), ROWS_AT_ONCE)
+        _softmax_rows(query[start : start + rows], key, positions[start : start + rows], math)
+        for start in range(0, len(query), rows)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

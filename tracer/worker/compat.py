@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import vllm
 
@@ -19,7 +20,11 @@ __all__ = [
     "attention_type",
     "backend_name",
     "full_graph_mode",
+    "metadata_fields",
+    "missing_attributes",
+    "missing_fields",
     "missing_names",
+    "no_graph_mode",
     "output_processor_class",
     "version",
     "worker_wrapper_class",
@@ -49,10 +54,45 @@ V1_NAMES: Final = (
 V1_ATTRIBUTES: Final = ("input_batch", "requests", "discard_request_mask", "compilation_config", "cudagraph_dispatcher")
 
 V2_NAMES: Final = (
-    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model", ("self", "scheduler_output")),
-    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", ("self", "scheduler_output")),
-    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", ("self",)),
-    ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.dispatch", ("self",)),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model", (
+        "self", "scheduler_output", "intermediate_tensors", "dummy_run",
+    )),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", (
+        "self", "scheduler_output", "batch_req_state", "batch_desc",
+    )),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", (
+        "self", "hidden_states", "input_batch", "grammar_output",
+    )),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.dispatch", (
+        "self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras", "max_query_len", "num_ubatches",
+    )),
+    ("vllm.v1.worker.gpu.async_utils", "AsyncOutput.get_output", ("self",)),
+    ("vllm.v1.worker.gpu.states", "RequestState", ()),
+    ("vllm.v1.core.sched.output", "SchedulerOutput", ()),
+)  # fmt: skip
+V2_FIELDS: Final = (
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch", (
+        "req_ids", "num_reqs", "idx_mapping_np", "num_scheduled_tokens", "num_draft_tokens", "query_start_loc_np",
+        "num_computed_tokens_np", "prefill_len_np", "cu_num_logits_np",
+    )),
+    ("vllm.v1.worker.gpu.cudagraph_utils", "BatchExecutionDescriptor", (
+        "cg_mode", "num_tokens", "num_reqs", "uniform_token_count", "max_query_len",
+    )),
+)  # fmt: skip
+"""(module, dataclass, fields)."""
+V2_ATTRIBUTES: Final = (
+    "req_states.prompt_len.np",
+    "model.compute_logits",
+    "model_state.num_new_sampled_tokens_per_step",
+    "parallel_config.data_parallel_size",
+    "cudagraph_manager",
+    "num_speculative_steps",
+    "adaptive_verification",
+    "batch_sharder",
+    "ubatch_runner",
+    "pcp_manager",
+    "fast_prefill",
 )
 
 
@@ -74,6 +114,31 @@ def _present(module: str, name: str, parameters: tuple[str, ...]) -> bool:
     except (ImportError, AttributeError):
         return False
     return not parameters or tuple(inspect.signature(found).parameters)[: len(parameters)] == parameters
+
+
+def missing_fields(dataclasses: tuple[tuple[str, str, tuple[str, ...]], ...] = V2_FIELDS) -> list[str]:
+    """Fields that these dataclasses of vLLM do not have."""
+    missing = []
+    for module, name, fields in dataclasses:
+        try:
+            found = getattr(importlib.import_module(module), name).__dataclass_fields__
+        except (ImportError, AttributeError):
+            found = {}
+        missing += [f"{module}.{name}.{field}" for field in fields if field not in found]
+    return missing
+
+
+def missing_attributes(runner: Any, names: tuple[str, ...]) -> list[str]:
+    """Dotted attributes that this model runner does not have; None on the way counts as missing."""
+
+    def has(name: str) -> bool:
+        try:
+            operator.attrgetter(name)(runner)
+        except AttributeError:
+            return False
+        return True
+
+    return [f"model_runner.{name}" for name in names if not has(name)]
 
 
 def worker_wrapper_class() -> Any:
@@ -102,9 +167,26 @@ def backend_name(module: Any) -> str:
     return str(backend.get_name()) if backend is not None else ""
 
 
+def metadata_fields(module: Any) -> frozenset[str]:
+    """Fields of the metadata that an `Attention` layer's backend builds; empty if its builder does not name the class.
+
+    `AttentionMetadataBuilder[FlashAttentionMetadata]`: the class is the builder's type argument.
+    """
+    builder = module.attn_backend.get_builder_cls()
+    bases = [base for owner in builder.__mro__ for base in owner.__dict__.get("__orig_bases__", ())]
+    arguments = [argument for base in bases for argument in get_args(base)]
+    metadata = next((argument for argument in arguments if hasattr(argument, "__dataclass_fields__")), None)
+    return frozenset() if metadata is None else frozenset(metadata.__dataclass_fields__)
+
+
 def full_graph_mode() -> Any:
     """`CUDAGraphMode.FULL`."""
     return importlib.import_module("vllm.config").CUDAGraphMode.FULL
+
+
+def no_graph_mode() -> Any:
+    """`CUDAGraphMode.NONE`."""
+    return importlib.import_module("vllm.config").CUDAGraphMode.NONE
 
 
 def patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
+from weakref import WeakKeyDictionary
 
 from tracer import context
 from tracer._guard import Guard
@@ -27,7 +28,7 @@ __all__ = ["Frontend", "install"]
 
 PARAMETERS: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed", "max_tokens")
 """Sampling parameters that have a GenAI attribute of the same name under `gen_ai.request`."""
-SERVER_MODULE: Final = "vllm.entrypoints.openai.api_server"
+SERVER_MODULE: Final = "vllm.entrypoints.launchers.api_server.entry"
 """Loaded in a process that serves HTTP: there only the middleware may ask for captures."""
 
 
@@ -51,7 +52,8 @@ class Frontend:
         self._guard = Guard()
         self._open: dict[str, _Generation] = {}
         self._tables: dict[int, TokenBytes] = {}
-        self._engines: tuple[EngineInfo, ...] = ()
+        self._engines: WeakKeyDictionary[Any, tuple[EngineInfo, ...]] = WeakKeyDictionary()
+        """By output processor, that is, by engine: a script may start one after the other."""
 
     def begin(self, processor: Any, request: Any, prompt: str | None, choice: int) -> None:
         """Before vLLM registers `request` (an `EngineCoreRequest`): decide, announce, attach.
@@ -68,7 +70,7 @@ class Frontend:
         traced = None
         if inbound is not None and (inbound.sampled or inbound.capture is not None):
             if inbound.source == "offline" and inbound.capture is not None:
-                context.check_capture(inbound.capture, self._engine_infos())
+                context.check_capture(inbound.capture, self._engine_infos(processor))
             with self._guard("announcing a generation"):
                 traced = self._announce(processor, request, prompt, choice, inbound)
         _attach(request, traced)
@@ -87,13 +89,13 @@ class Frontend:
         trace_id, span_id = inbound.issue()
         traced = TraceRequest(trace_id, span_id, inbound.sampled, inbound.capture)
         table = token_bytes(processor.tokenizer, self._tables) if inbound.capture is not None else None
-        start = self._start(request, choice, inbound, traced, table)
+        start = self._start(request, choice, inbound, traced, table, self._model(processor))
         self._channel().send(start)
         self._open[request.request_id] = _Generation(traced, table)
         return traced
 
     def _start(
-        self, request: Any, choice: int, inbound: Inbound, traced: TraceRequest, table: TokenBytes | None
+        self, request: Any, choice: int, inbound: Inbound, traced: TraceRequest, table: TokenBytes | None, model: str
     ) -> GenerationStart:
         ids = tuple(request.prompt_token_ids or ())
         captured = inbound.capture is not None
@@ -105,7 +107,7 @@ class Frontend:
             sampled=inbound.sampled,
             start_ns=context.wall_clock_ns(),
             request_id=request.request_id,
-            model=self._model(),
+            model=model,
             operation=inbound.operation,
             choice=choice,
             prompt_tokens=len(ids),
@@ -171,12 +173,13 @@ class Frontend:
     def _channel(self) -> Channel:
         return process_channel(self._settings)
 
-    def _engine_infos(self) -> tuple[EngineInfo, ...]:
-        self._engines = self._engines or engine_infos(self._settings)
-        return self._engines
+    def _engine_infos(self, processor: Any) -> tuple[EngineInfo, ...]:
+        infos = self._engines.get(processor) or engine_infos(self._settings)
+        self._engines[processor] = infos
+        return infos
 
-    def _model(self) -> str:
-        infos = self._engine_infos()
+    def _model(self, processor: Any) -> str:
+        infos = self._engine_infos(processor)
         return infos[0].model if infos else ""
 
 

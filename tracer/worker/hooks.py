@@ -13,11 +13,12 @@ from typing import Any, Final
 import torch
 
 from tracer.config import Settings
-from tracer.export import process_channel, publish_engine
+from tracer.export import Channel, process_channel, publish_engine
 from tracer.records import EngineInfo, LayerInfo
 from tracer.worker import compat
-from tracer.worker.layers import Layer, describe_layers
+from tracer.worker.layers import describe_layers
 from tracer.worker.runner_v1 import RunnerV1
+from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.step import StepTracer
 
 __all__ = ["install"]
@@ -26,38 +27,33 @@ LOG: Final = logging.getLogger("vllm.tensorspan")
 
 
 def install(worker: Any, settings: Settings) -> EngineInfo:
-    """Hook one worker (vLLM's `WorkerBase`) and publish what it can capture."""
-    config = worker.vllm_config
-    reason = _unavailable(worker)
-    layers = [] if reason else describe_layers(config.compilation_config.static_forward_context)
-    info = _engine_info(worker, tuple(layer.info for layer in layers), reason)
+    """Hook one worker (vLLM's `WorkerBase`) and publish what it can capture; never raises for what vLLM looks like."""
     channel = process_channel(settings, "worker", settings.queue_mb)
+    reason = _unavailable(worker)
+    info = _engine_info(worker, (), reason)
+    if reason is None:
+        try:
+            info = _hook(worker, channel, settings)
+        except Exception as error:
+            LOG.exception("tensorspan: this worker cannot be hooked")
+            info = _engine_info(worker, (), f"unavailable: hooking the worker failed: {type(error).__name__}: {error}")
     channel.greet(info)
     publish_engine(channel.settings, info)
-    if reason is None:
-        _hook(worker.model_runner, StepTracerFactory(channel, layers, info, settings.topk))
     _report(info)
     return info
 
 
-class StepTracerFactory:
-    """What is needed to make a tracer once the runner's adapter exists."""
-
-    def __init__(self, channel: Any, layers: list[Layer], info: EngineInfo, topk: int) -> None:
-        self.layers = layers
-        self._make = lambda runner: StepTracer(channel, runner, layers, info, topk)
-
-    def __call__(self, runner: Any) -> StepTracer:
-        return self._make(runner)
-
-
-def _hook(runner: Any, make: StepTracerFactory) -> None:
-    adapter = RunnerV1(runner)
-    tracer = make(adapter)
+def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
+    config, runner = worker.vllm_config, worker.model_runner
+    layers = describe_layers(config.compilation_config.static_forward_context, _no_attention(config))
+    info = _engine_info(worker, tuple(layer.info for layer in layers), None)
+    adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
+    tracer = StepTracer(channel, adapter, layers, info, settings.topk)
     adapter.install(tracer)
-    for layer in make.layers:
+    for layer in layers:
         if layer.math is not None:
             layer.module.impl.forward = _observed(layer.module.impl.forward, layer.info.index, tracer)
+    return info
 
 
 def _observed(forward: Callable[..., Any], index: int, tracer: StepTracer) -> Callable[..., Any]:
@@ -74,22 +70,46 @@ def _observed(forward: Callable[..., Any], index: int, tracer: StepTracer) -> Ca
 
 
 def _unavailable(worker: Any) -> str | None:
-    """Why this engine cannot be captured at all, or None."""
-    config = worker.vllm_config
-    missing = compat.missing_names() + compat.missing_names(compat.V1_NAMES)
-    runner = worker.model_runner
-    missing += [f"model_runner.{name}" for name in compat.V1_ATTRIBUTES if not hasattr(runner, name)]
+    """Why this engine cannot be captured at all, or None.
+
+    Runner V2 needs a GPU and was only checked against its classes and source: what guards its users is this look-up of
+    every name, the key read-back of `keys.learn`, and `describe_layers`, which refuses what it does not know.
+    """
+    config, runner = worker.vllm_config, worker.model_runner
+    missing = _missing(runner, v2=worker.use_v2_model_runner)
     parallel = config.parallel_config
     checks = (
-        (worker.use_v2_model_runner, "model runner V2 is not supported; set VLLM_USE_V2_MODEL_RUNNER=0"),
         (bool(missing), f"vLLM {compat.version()} lacks {', '.join(missing)}"),
         (config.speculative_config is not None, "speculative decoding is not supported by this release"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported by this release"),
         (parallel.tensor_parallel_size > 1, "tensor parallelism is not supported by this release"),
+        (parallel.prefill_context_parallel_size > 1, "context parallelism is not supported by this release"),
+        (parallel.use_ubatching, "dual-batch overlap is not supported by this release"),
         (config.model_config.is_encoder_decoder, "encoder-decoder models are not supported by this release"),
         (config.model_config.runner_type != "generate", "the model does not generate"),
     )
-    return next((f"unavailable: {reason}" for failed, reason in checks if failed), None)
+    reason = next((reason for failed, reason in checks if failed), None)
+    if reason is None and worker.use_v2_model_runner:
+        reason = refusal(runner)
+    return None if reason is None else f"unavailable: {reason}"
+
+
+def _missing(runner: Any, *, v2: bool) -> list[str]:
+    """Names of vLLM that the hooks need and this engine does not have."""
+    if v2:
+        missing = compat.missing_names() + compat.missing_names(compat.V2_NAMES) + compat.missing_fields()
+        return missing + compat.missing_attributes(runner, compat.V2_ATTRIBUTES)
+    missing = compat.missing_names() + compat.missing_names(compat.V1_NAMES)
+    return missing + compat.missing_attributes(runner, compat.V1_ATTRIBUTES)
+
+
+def _no_attention(config: Any) -> str | None:
+    """Why no layer's attention can be rebuilt although logits can, or None."""
+    checks = (
+        (config.parallel_config.decode_context_parallel_size > 1, "each rank holds a part of every request's keys"),
+        (config.model_config.rswa_window is not None, "reference sliding window attention"),
+    )
+    return next((reason for failed, reason in checks if failed), None)
 
 
 def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None) -> EngineInfo:

@@ -42,11 +42,14 @@ class KeyLayout:
 
         kv_cache: [num_blocks, kv_heads, block_size, 2 * head_size], any strides.
         """
-        if self.strides is not None and _interior_contiguous(kv_cache):
+        if self.strides is not None and self.strides[1:] == (kv_cache.shape[3], 1):
+            first = self.strides[0]  # one half of each slot, on GPUs: a slice whatever the cache's own strides
+            picked = kv_cache[..., first : first + self.head_size][blocks]
+        elif self.strides is not None and _interior_contiguous(kv_cache):
             picked = self._view(kv_cache)[blocks]
         else:
             flat = kv_cache[blocks].reshape(len(blocks), kv_cache.shape[1], -1)
-            picked = flat[:, :, self.offsets.flatten().to(flat.device)]
+            picked = flat[:, :, self.offsets.flatten()]
             picked = picked.view(len(blocks), kv_cache.shape[1], self.block_size, self.head_size)
         return picked.transpose(0, 1).reshape(kv_cache.shape[1], -1, self.head_size)
 
@@ -70,7 +73,7 @@ def learn(layer: Any, kv_cache: torch.Tensor) -> KeyLayout:
         raise LayoutError(f"KV cache of shape {tuple(kv_cache.shape)} is not [blocks, kv_heads, block, 2 * head_size]")
     scratch = _scratch_like(kv_cache)
     offsets = _probe(layer, scratch)
-    layout = KeyLayout(scratch.shape[2], layer.head_size, offsets, _affine(offsets))
+    layout = KeyLayout(scratch.shape[2], layer.head_size, offsets.to(scratch.device), _affine(offsets))
     _verify(layer, scratch, layout)
     return layout
 

@@ -22,6 +22,8 @@ __all__ = ["Layer", "describe_layers"]
 
 PLAIN_DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
 """Cache types that hold keys as they are, without scales."""
+METADATA: Final = frozenset({"block_table", "causal"})
+"""What a step reads from the backend's metadata. FlashInfer's keeps no block table: its wrappers hold page indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,15 @@ class Layer:
     keys: KeyLayout | None = None
 
 
-def describe_layers(modules: Mapping[str, Any]) -> list[Layer]:
-    """Every layer of `compilation_config.static_forward_context` with a KV cache or state, in the model's order."""
+def describe_layers(modules: Mapping[str, Any], refused: str | None = None) -> list[Layer]:
+    """Every layer of `compilation_config.static_forward_context` with a KV cache or state, in the model's order.
+
+    refused: a reason that holds for all of them.
+    """
     layouts: dict[tuple[Any, ...], KeyLayout | LayoutError] = {}
     named = [(name, modules[name]) for name in sorted(modules, key=_model_order) if _is_layer(modules[name])]
+    if refused is not None:
+        return [Layer(_info(index, name, module, refused), module) for index, (name, module) in enumerate(named)]
     return [_describe(index, name, module, layouts) for index, (name, module) in enumerate(named)]
 
 
@@ -75,8 +82,24 @@ def _refusal(module: Any) -> str | None:
         (module.use_mm_prefix, "bidirectional attention over image tokens"),
         (getattr(impl, "chunk_lookback", -1) > -1, "chunked attention with lookback"),
         (not isinstance(module.kv_cache, torch.Tensor), "its KV cache is not one tensor"),
+        (
+            bool(METADATA - compat.metadata_fields(module)),
+            f"{compat.backend_name(module)} gives no block table to read",
+        ),
+        (not _window_agrees(module), "its kernel's sliding window is not the layer's"),
     )
     return next((reason for failed, reason in checks if failed), None)
+
+
+def _window_agrees(module: Any) -> bool:
+    """True if `impl.sliding_window` says what `module.sliding_window` does, in any of the backends' ways.
+
+    GPU kernels take (keys to the left, keys to the right), -1 for all; others the number of visible keys.
+    """
+    window, kernel = module.sliding_window, getattr(module.impl, "sliding_window", module.sliding_window)
+    if isinstance(kernel, (tuple, list)):
+        return tuple(kernel) == ((-1, -1) if window is None else (window - 1, 0))
+    return bool(kernel in (None, -1)) if window is None else bool(kernel == window)
 
 
 def _layout(module: Any, layouts: dict[tuple[Any, ...], KeyLayout | LayoutError]) -> KeyLayout | LayoutError:
@@ -89,14 +112,16 @@ def _layout(module: Any, layouts: dict[tuple[Any, ...], KeyLayout | LayoutError]
             layouts[kind] = learn(module, cache)
         except LayoutError as error:
             layouts[kind] = error
+        except Exception as error:  # noqa: BLE001 - the backend's kernel: whatever it dislikes, logits still work
+            layouts[kind] = LayoutError(f"{compat.backend_name(module)} cannot be probed: {error}")
     return layouts[kind]
 
 
 def _math(module: Any) -> LayerMath:
     impl = module.impl
     slopes = getattr(impl, "alibi_slopes", None)
-    if slopes is not None and not isinstance(slopes, torch.Tensor):
-        slopes = torch.tensor(slopes, dtype=torch.float32)
+    if slopes is not None:  # on the keys' device now, instead of a blocking copy in every layer of every step
+        slopes = torch.as_tensor(slopes, dtype=torch.float32).to(module.kv_cache.device)
     return LayerMath(
         scale=float(impl.scale),
         sliding_window=module.sliding_window,

@@ -8,7 +8,8 @@ Each public method is one telemetry boundary: it never raises into vLLM. What a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -19,7 +20,6 @@ from tracer.context import from_extra_args, step_span_id, wall_clock_ns
 from tracer.export import Channel
 from tracer.records import (
     ArrayRecord,
-    ArraySlice,
     AttentionSpec,
     AttentionSummary,
     EngineInfo,
@@ -29,9 +29,11 @@ from tracer.records import (
     WorkerEnd,
 )
 from tracer.statistics import RowStatistics, logits_statistics, logits_summary
-from tracer.worker.attention import attention_rows, row_features, summarise
+from tracer.worker.attention import row_features, summarise
 from tracer.worker.batch import Row, Runner, StepView
 from tracer.worker.layers import Layer
+from tracer.worker.pack import pack
+from tracer.worker.rows import is_causal, past_keys, row_weights
 
 __all__ = ["Step", "StepTracer"]
 
@@ -51,6 +53,12 @@ class _Traced:
     attempt: int = 1
     problems: list[str] = field(default_factory=list)
     """`name: cause` of what was lost and not yet said."""
+    lost: int = 0
+    """Records that could not be handed over even without arrays."""
+    pending: int = 0
+    """Steps that have run and whose tokens are not known yet."""
+    finished: bool = False
+    """The scheduler has forgotten the request."""
 
     @property
     def attention(self) -> AttentionSpec | None:
@@ -71,6 +79,8 @@ class _Work:
     """Row of `Step.logits`; -1 if nothing is sampled."""
     weights: torch.Tensor | None = None
     """float32 [layers, heads, keys] of the last query row."""
+    layers_seen: int = 0
+    """Layers that have put their row into `weights`."""
 
 
 @dataclass(slots=True)
@@ -98,7 +108,8 @@ class StepTracer:
         self._traced: dict[str, _Traced] = {}
         self._step: Step | None = None
         self._wants_attention = False
-        self._lost: dict[str, int] = {}
+        self._lock = threading.Lock()
+        """Guards `pending` and `finished`: tokens may arrive on vLLM's output thread."""
 
     # -- before the forward pass -------------------------------------------------------------------------------
 
@@ -139,10 +150,17 @@ class StepTracer:
 
     def _forget(self, request_id: str) -> None:
         traced = self._traced.pop(request_id, None)
-        if traced is not None:
-            lost = self._lost.pop(request_id, 0)
-            request = traced.request
-            self._channel.send(WorkerEnd(request.trace_id, request.span_id, self._info.rank, lost))
+        if traced is None:
+            return
+        with self._lock:
+            traced.finished = True
+            owed = traced.pending > 0
+        if not owed:
+            self._say_end(traced)
+
+    def _say_end(self, traced: _Traced) -> None:
+        request = traced.request
+        self._channel.send(WorkerEnd(request.trace_id, request.span_id, self._info.rank, traced.lost))
 
     # -- during the forward pass -------------------------------------------------------------------------------
 
@@ -158,13 +176,9 @@ class StepTracer:
             return
         with self._guard("attention"), torch.no_grad():
             for work in self._works(step):
-                if index not in work.traced.slots:
-                    continue
-                try:
-                    self._attend(self._layers[index], work, query, kv_cache, metadata)
-                except Exception as error:
-                    work.traced.problems.append(f"attention: layer {index}: {error}")
-                    raise
+                if index in work.traced.slots:
+                    with self._guard(f"attention of layer {index}"):
+                        self._attend_or_say(self._layers[index], work, query, kv_cache, metadata)
 
     def _works(self, step: Step) -> list[_Work]:
         """The traced rows of this step, worked out when the batch is first final."""
@@ -174,19 +188,28 @@ class StepTracer:
             step.works = [_Work(row, self._traced[row.request_id]) for row in rows]
         return step.works
 
+    def _attend_or_say(
+        self, layer: Layer, work: _Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> None:
+        try:
+            self._attend(layer, work, query, cache, metadata)
+        except Exception as error:
+            work.traced.problems.append(f"attention: layer {layer.info.index}: {error}")
+            raise
+
     def _attend(self, layer: Layer, work: _Work, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any) -> None:
         row, traced = work.row, work.traced
-        if not _is_causal(metadata):
+        if not is_causal(metadata):
             raise ValueError("the step's attention is not causal")
         needs_prompt = traced.all_rows and row.computed < row.prompt_tokens
         if not (row.samples or needs_prompt):
             return
-        keys = _keys(layer, row, kv_cache, metadata)
+        keys = past_keys(layer, row, kv_cache, metadata)
         if needs_prompt:
             self._prompt_rows(layer, work, query, keys)
         if row.samples:
             last = query[row.first + row.tokens - 1 : row.first + row.tokens]
-            weights = _weights(layer, last, keys, torch.tensor([row.position], device=keys.device))[:, 0]
+            weights = row_weights(layer, last, keys, torch.full((1,), row.position, device=keys.device))[:, 0]
             self._keep(work, layer.info.index, weights)
 
     def _keep(self, work: _Work, index: int, weights: torch.Tensor) -> None:
@@ -196,6 +219,7 @@ class StepTracer:
             shape = (len(traced.slots), len(traced.heads), weights.shape[-1])
             work.weights = torch.zeros(shape, dtype=torch.float32, device=weights.device)
         chosen = [head for head in traced.heads if head < weights.shape[0]]
+        work.layers_seen += 1
         every = len(chosen) == weights.shape[0]
         work.weights[traced.slots[index], : len(chosen)] = weights if every else weights[chosen]
 
@@ -206,11 +230,11 @@ class StepTracer:
         for start in range(row.computed, min(row.position + 1, row.prompt_tokens), PREFILL_ROWS):
             stop = min(start + PREFILL_ROWS, row.position + 1, row.prompt_tokens)
             part = query[row.first + start - row.computed : row.first + stop - row.computed]
-            weights = _weights(layer, part, keys[:, :stop], torch.arange(start, stop, device=keys.device))
+            weights = row_weights(layer, part, keys[:, :stop], torch.arange(start, stop, device=keys.device))
             chosen = [head for head in traced.heads if head < weights.shape[0]]
             block = weights[chosen].to(DTYPES[traced.attention.dtype])
             where = (traced.slots[layer.info.index], 0, start, 0)
-            arrays, payload = _pack([("attention_prefill", block, where)])
+            arrays, payload = pack([("attention_prefill", block, where)])
             record = ArrayRecord(traced.request.trace_id, traced.request.span_id, traced.attempt, arrays)
             if not self._channel.send(record, payload):
                 traced.problems.append("attention_prefill: queue full")
@@ -220,10 +244,14 @@ class StepTracer:
     def forward_done(self, logits: torch.Tensor | None) -> None:
         """Copy and count the traced rows of the raw logits [batch rows, vocab] before anything changes them."""
         step, self._wants_attention = self._step, False
+        self._runner.demote(False)
         if step is None:
             return
         with self._guard("logits"), torch.no_grad():
-            sampling = [work for work in self._works(step) if work.row.samples]
+            for work in self._works(step):
+                _check_layers(work)
+                work.traced.pending += 1
+            sampling = [work for work in step.works if work.row.samples]
             if logits is None or not sampling:
                 return
             for place, work in enumerate(sampling):
@@ -256,9 +284,27 @@ class StepTracer:
         with self._guard("records"), torch.no_grad():
             end_ns = wall_clock_ns()
             sampled = dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
-            for work in self._works(step):
+            for work in step.works:
                 tokens = sampled.get(work.row.request_id) or [None]
-                self._send(work, self._record(step, work, tokens[0], end_ns), self._arrays(step, work))
+                with self._guard("a step's record"):
+                    self._send_or_count(step, work, tokens[0], end_ns)
+
+    def _settle(self, traced: _Traced) -> None:
+        """One step less to wait for; the end is said after the last record, whichever thread wrote it."""
+        with self._lock:
+            traced.pending -= 1
+            last = traced.finished and traced.pending == 0
+        if last:
+            self._say_end(traced)
+
+    def _send_or_count(self, step: Step, work: _Work, token: int | None, end_ns: int) -> None:
+        try:
+            self._send(work, self._record(step, work, token, end_ns), self._arrays(step, work))
+        except Exception:
+            work.traced.lost += 1
+            raise
+        finally:
+            self._settle(work.traced)
 
     def _record(self, step: Step, work: _Work, token: int | None, end_ns: int) -> StepRecord:
         row, request, view = work.row, work.traced.request, step.view
@@ -320,7 +366,7 @@ class StepTracer:
     def _send(self, work: _Work, record: StepRecord, arrays: list[tuple[str, torch.Tensor, tuple[int, ...]]]) -> None:
         """Hand the record over whole; without its arrays if the queue is full; else count it."""
         traced = work.traced
-        slots, payload = _pack(arrays)
+        slots, payload = pack(arrays)
         dropped = tuple(traced.problems)
         if self._channel.send(replace(record, arrays=slots, dropped=dropped), payload):
             traced.problems.clear()
@@ -329,46 +375,15 @@ class StepTracer:
         if arrays and self._channel.send(replace(record, dropped=dropped)):
             traced.problems.clear()
             return
-        request_id = work.row.request_id
-        self._lost[request_id] = self._lost.get(request_id, 0) + 1
+        traced.lost += 1
 
 
-def _weights(layer: Layer, query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    assert layer.math is not None
-    return attention_rows(query, keys, positions, layer.math)
+def _check_layers(work: _Work) -> None:
+    """A row with a layer missing is no row: zeros would pass for weights.
 
-
-def _is_causal(metadata: Any) -> bool:
-    return getattr(metadata, "causal", True) is True and getattr(metadata, "dynamic_causal", None) is None
-
-
-def _keys(layer: Layer, row: Row, kv_cache: torch.Tensor, metadata: Any) -> torch.Tensor:
-    """Keys of positions 0 … last of this request, [kv_heads, keys, head_size], from the paged cache.
-
-    The step's own keys are in the cache too: backends with a separate cache update (the only ones accepted) store
-    them before attention runs. Blocks that a sliding window has given back hold other keys; they are masked.
+    Layers are missed if a step ran under a FULL CUDA graph after all, or if one of them failed.
     """
-    assert layer.keys is not None
-    length = row.position + 1
-    count = -(-length // layer.keys.block_size)
-    blocks = metadata.block_table[row.index, :count].to(torch.int64)
-    return layer.keys.read(kv_cache, blocks)[:, :length]
-
-
-def _pack(
-    arrays: Sequence[tuple[str, torch.Tensor, tuple[int, ...]]],
-) -> tuple[tuple[ArraySlice, ...], list[memoryview]]:
-    """Descriptions and bytes of tensors, laid out one after the other."""
-    slices, payload = [], []
-    offset = 0
-    for name, start, host in _on_host(arrays):
-        view = memoryview(host)
-        slices.append(ArraySlice(name, str(host.dtype), host.shape, offset, start))
-        payload.append(view)
-        offset += view.nbytes
-    return tuple(slices), payload
-
-
-def _on_host(arrays: Sequence[tuple[str, torch.Tensor, tuple[int, ...]]]) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    for name, tensor, start in arrays:
-        yield name, start, tensor.contiguous().cpu().numpy()
+    asked = len(work.traced.slots) if work.row.samples else 0
+    if work.layers_seen < asked:
+        work.weights = None
+        work.traced.problems.append(f"attention: {asked - work.layers_seen} of {asked} layers were not seen")
