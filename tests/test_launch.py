@@ -121,6 +121,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     options = [part for name, value in values.items() for part in (f"--{name}", value)]
     main(["serve", "m", "--port", "8", *options[:8], "--seed", "1", *options[8:]])
     ours = {name: value for name, value in seen["environment"].items() if name.startswith("TENSORSPAN_")}
+    assert (ours.pop("TENSORSPAN_FILE"), ours.pop("TENSORSPAN_SOCKET")) == ("", "")
     expected = {f"TENSORSPAN_{name.upper().replace('-', '_')}": value for name, value in values.items()}
     assert ours == {**expected, "TENSORSPAN_ENABLED": "1"}
     assert seen["command"][-9:] == ["m", "--port", "8", "--seed", "1", *MIDDLE, *HOST]

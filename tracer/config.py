@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 PREFIX: Final = "TENSORSPAN_"
+MAX_RUNTIME_PATH: Final = 64
 CAPTURE_POLICIES: Final = ("off", "loopback", "key", "all")
 
 
@@ -134,7 +135,9 @@ def vllm_plugins() -> tuple[str, ...] | None:
 
 def runtime_directory() -> Path:
     """Where sockets and engine facts of running servers live: private to the user, gone at reboot."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - a directory of the user's own below it
+    candidates = (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"))
+    # The address of a Unix socket has room for 107 bytes (`unix(7)`).
+    base = next((path for path in candidates if path and len(path) < MAX_RUNTIME_PATH), "/tmp")  # noqa: S108
     return Path(base) / f"tensorspan-{os.getuid()}"
 
 

@@ -89,7 +89,9 @@ def store_directory(store: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise StoreError(f"the store {root} cannot be written: {error.strerror}; choose another store (TENSORSPAN_STORE, --store)") from error
+        raise StoreError(
+            f"the store {root} cannot be written: {error.strerror}; choose another store (TENSORSPAN_STORE, --store)"
+        ) from error
     return root.resolve()
 
 

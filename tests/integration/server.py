@@ -36,12 +36,14 @@ def server_environment(**extra: str) -> dict[str, str]:
 class Server:
     """`command` started, waited for until it answers, and ended by its process group."""
 
-    def __init__(self, command: list[str], log: Path, port: int, environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: list[str], log: Path, port: int, environment: dict[str, str], folder: Path | None = None
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
             )
         self._await_ready()
 

@@ -38,6 +38,8 @@ class _Generation:
 
     request: TraceRequest
     bytes_of: TokenBytes | None
+    engine: int
+    """`id` of the output processor that runs it: a process may hold several engines."""
     output_ids: list[int] = field(default_factory=list)
     first_token_ns: int | None = None
     cached_tokens: int = 0
@@ -91,7 +93,7 @@ class Frontend:
         table = token_bytes(processor.tokenizer, self._tables) if inbound.capture is not None else None
         start = self._start(request, choice, inbound, traced, table, self._model(processor))
         self._channel().send(start)
-        self._open[request.request_id] = _Generation(traced, table)
+        self._open[request.request_id] = _Generation(traced, table, id(processor))
         return traced
 
     def _start(
@@ -139,9 +141,11 @@ class Frontend:
         self._end(output.request_id, "error" if reason == "error" else "ok", reason)
 
     def vanished(self, processor: Any, status: Literal["aborted", "error"], error: str = "") -> None:
-        """End every generation that vLLM has forgotten without a finish (`aborted`), or all of them (`error`)."""
+        """End every generation that this engine has forgotten without a finish (`aborted`), or all (`error`)."""
         with self._guard("ending generations"):
-            for request_id in list(self._open):
+            for request_id, generation in list(self._open.items()):
+                if generation.engine != id(processor):
+                    continue
                 if status == "error" or request_id not in processor.request_states:
                     self._end(request_id, status, "abort" if status == "aborted" else "error", error)
 

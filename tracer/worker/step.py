@@ -386,4 +386,5 @@ def _check_layers(work: _Work) -> None:
     asked = len(work.traced.slots) if work.row.samples else 0
     if work.layers_seen < asked:
         work.weights = None
-        work.traced.problems.append(f"attention: {asked - work.layers_seen} of {asked} layers were not seen")
+        if not any(problem.startswith("attention: layer") for problem in work.traced.problems):
+            work.traced.problems.append(f"attention: {asked - work.layers_seen} of {asked} layers were not seen")
