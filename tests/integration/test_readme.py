@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 FENCE: Final = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
-BLOCKS: Final = FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+BLOCKS: Final[list[tuple[str, str]]] = FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
 COMMANDS: Final = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
 PROGRAMS: Final = [text for kind, text in BLOCKS if kind == "python"]
 QUICK: Final = ("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", "268435456")
