@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tracer.statistics import logits_statistics, logits_summary
+from tracer.records import LogitsSummary
+from tracer.statistics import logits_statistics, logits_summaries
 
 
 def oracle(row: np.ndarray) -> tuple[float, float, np.ndarray]:
@@ -19,14 +20,18 @@ def oracle(row: np.ndarray) -> tuple[float, float, np.ndarray]:
     return entropy, (p * (log_p + entropy) ** 2).sum(), log_p
 
 
+def summarised(logits: torch.Tensor, tokens: list[int], k: int = 5) -> list[LogitsSummary]:
+    found = logits_summaries(logits, logits_statistics(logits, k), tokens)
+    return [summary for summary in found if summary is not None]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_against_numpy(rows: int) -> None:
     logits = torch.randn(rows, 5000, generator=torch.Generator().manual_seed(rows)) * 4
-    statistics = logits_statistics(logits, 5)
-    for index in range(rows):
+    tokens = [int(np.argsort(-row)[17]) for row in logits.numpy()]
+    for index, summary in enumerate(summarised(logits, tokens)):
         entropy, varentropy, log_p = oracle(logits[index].numpy())
-        token = int(np.argsort(-log_p)[17])
-        summary = logits_summary(logits[index], statistics, index, token)
+        token = tokens[index]
         best = np.argsort(-log_p)[:5]
         assert summary.entropy == pytest.approx(entropy, abs=1e-4)
         assert summary.varentropy == pytest.approx(varentropy, rel=1e-4)
@@ -38,7 +43,7 @@ def test_against_numpy(rows: int) -> None:
 
 
 def test_uniform_row_by_hand() -> None:
-    summary = logits_summary(torch.zeros(4), logits_statistics(torch.zeros(1, 4), 2), 0, 1)
+    [summary] = summarised(torch.zeros(1, 4), [1], k=2)
     assert summary.entropy == pytest.approx(math.log(4))
     assert summary.varentropy == pytest.approx(0.0, abs=1e-12)
     assert (summary.margin, summary.rank) == (0.0, 0)
@@ -46,6 +51,12 @@ def test_uniform_row_by_hand() -> None:
 
 def test_masked_tokens_add_nothing() -> None:
     row = torch.tensor([[0.0, 0.0, -math.inf, -math.inf]])
-    summary = logits_summary(row[0], logits_statistics(row, 2), 0, 0)
+    [summary] = summarised(row, [0], k=2)
     assert summary.entropy == pytest.approx(math.log(2))
     assert summary.varentropy == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_row_that_sampled_nothing_has_no_summary() -> None:
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    found = logits_summaries(logits, logits_statistics(logits, 2), [4, None, 0])
+    assert [summary is None for summary in found] == [False, True, False]

@@ -28,7 +28,16 @@ from tracer.config import Settings
 from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
 
-__all__ = ["Channel", "Exporter", "engine_infos", "process_channel", "publish_engine", "socket_path"]
+__all__ = [
+    "Channel",
+    "Exporter",
+    "engine_infos",
+    "is_hooked",
+    "mark_hooked",
+    "process_channel",
+    "publish_engine",
+    "socket_path",
+]
 
 LOG: Final = logging.getLogger("tensorspan")
 START_SECONDS: Final = 20.0
@@ -148,6 +157,7 @@ class Channel:
 
 
 _CHANNELS: dict[tuple[int, str], Channel] = {}
+_HOOKED: set[int] = set()
 
 
 def process_channel(settings: Settings, role: str = "api", capacity_mb: int = 16) -> Channel:
@@ -158,6 +168,16 @@ def process_channel(settings: Settings, role: str = "api", capacity_mb: int = 16
         channel = _CHANNELS[key] = Channel(ready, role, capacity_mb * 1_000_000)
         channel.connect()
     return _CHANNELS[key]
+
+
+def mark_hooked() -> None:
+    """Note that generations of this process are announced: its engine client has our hooks."""
+    _HOOKED.add(os.getpid())
+
+
+def is_hooked() -> bool:
+    """False in a process whose requests would never be announced, so that nobody is promised a capture there."""
+    return os.getpid() in _HOOKED
 
 
 def socket_path() -> Path:

@@ -1,19 +1,22 @@
 """Statistics of logits rows: pure tensor maths, natural logarithms, raw logits before any processor.
 
-Definitions and sources: docs/signals in the README's table; entropy (Shannon 1948), varentropy as the variance of
-`-log p`, margin as the gap of the two best log-probabilities.
+Entropy as Shannon defined it, varentropy as the variance of `-log p`, margin as the gap of the two best
+log-probabilities; docs/spans.md has the formulas.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 
 from tracer.records import LogitsSummary
 
-__all__ = ["RowStatistics", "logits_statistics", "logits_summary"]
+__all__ = ["RowStatistics", "logits_statistics", "logits_summaries"]
 
+LOWEST: Final = -1e4
+"""Stands for minus infinity: `exp` of it is 0, and 0 times it is 0, so a masked token adds nothing."""
 ROWS_AT_ONCE: Final = 16
 """Rows per pass: bounds the temporary memory to a few times 16 vocabularies."""
 
@@ -38,27 +41,36 @@ def logits_statistics(logits: torch.Tensor, k: int) -> RowStatistics:
 
 
 def _some_rows(logits: torch.Tensor, k: int) -> RowStatistics:
-    normaliser = torch.logsumexp(logits, dim=-1)
-    log_p = logits - normaliser[:, None]
-    p = torch.exp(log_p)
-    surprise = torch.where(p > 0, -log_p, 0.0)  # A masked token has p = 0 and log p = -inf: it adds nothing.
-    entropy = (p * surprise).sum(dim=-1)
-    varentropy = (p * (surprise - entropy[:, None]).square()).sum(dim=-1)
+    """With `y = z - max z`, `log p = y - log sum e^y`: entropy and varentropy are moments of `y`."""
     top_logits, top_ids = torch.topk(logits, k, dim=-1)
-    return RowStatistics(normaliser, entropy, varentropy, top_logits, top_ids)
+    y = (logits - top_logits[:, :1]).clamp_(min=LOWEST)
+    p = torch.exp(y)
+    total = p.sum(dim=-1)
+    first = torch.linalg.vecdot(p, y) / total
+    second = torch.linalg.vecdot(p.mul_(y), y) / total
+    log_total = torch.log(total)
+    varentropy = (second - first.square()).clamp_(min=0.0)
+    return RowStatistics(top_logits[:, 0] + log_total, log_total - first, varentropy, top_logits, top_ids)
 
 
-def logits_summary(row: torch.Tensor, statistics: RowStatistics, index: int, token: int) -> LogitsSummary:
-    """The summary of one row once the sampled `token` is known; row: float32 [vocab], row `index` of the matrix."""
-    normaliser = float(statistics.normaliser[index])
-    logit = row[token]
-    top = [value - normaliser for value in statistics.top_logits[index].tolist()]
-    return LogitsSummary(
-        entropy=float(statistics.entropy[index]),
-        varentropy=float(statistics.varentropy[index]),
-        margin=top[0] - top[1],
-        logprob=float(logit) - normaliser,
-        rank=int((row > logit).sum()),
-        topk_ids=tuple(statistics.top_ids[index].tolist()),
-        topk_logprobs=tuple(top),
-    )
+def logits_summaries(
+    logits: torch.Tensor, statistics: RowStatistics, tokens: Sequence[int | None]
+) -> list[LogitsSummary | None]:
+    """The summary of each row once its sampled token is known; None where nothing was sampled.
+
+    logits: float32 [rows, vocab], the matrix that `statistics` are of. Synchronises with the device once a column.
+    """
+    chosen = torch.tensor([token or 0 for token in tokens], device=logits.device)
+    picked = logits.gather(1, chosen[:, None])
+    ranks = (logits > picked).sum(dim=-1).tolist()
+    logprobs = (picked[:, 0] - statistics.normaliser).tolist()
+    best = (statistics.top_logits - statistics.normaliser[:, None]).tolist()
+    columns = (statistics.entropy.tolist(), statistics.varentropy.tolist(), best, statistics.top_ids.tolist())
+    rows = zip(tokens, *columns, logprobs, ranks, strict=True)
+    return [None if token is None else _summary(*row) for token, *row in rows]
+
+
+def _summary(
+    entropy: float, varentropy: float, best: list[float], ids: list[int], logprob: float, rank: int
+) -> LogitsSummary:
+    return LogitsSummary(entropy, varentropy, best[0] - best[1], logprob, rank, tuple(ids), tuple(best))

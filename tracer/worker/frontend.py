@@ -18,7 +18,7 @@ from tracer import context
 from tracer._guard import Guard
 from tracer.config import Settings
 from tracer.context import ACTIVE, EXTRA_ARGS_KEY, TEXT_KEY, Inbound
-from tracer.export import Channel, engine_infos, process_channel
+from tracer.export import Channel, engine_infos, mark_hooked, process_channel
 from tracer.records import CaptureSpec, EngineInfo, GenerationEnd, GenerationStart, TraceRequest
 from tracer.regions import find_regions
 from tracer.worker import compat
@@ -257,3 +257,4 @@ def install(settings: Settings) -> None:
     hooks = (add_request, process_outputs, abort_requests, propagate_error)
     for hook in hooks:
         compat.patch(owner, hook.__name__, hook)
+    mark_hooked()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from tracer.records import ArraySlice
 
-__all__ = ["pack"]
+__all__ = ["DTYPES", "pack"]
+
+DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
 
 
 def pack(

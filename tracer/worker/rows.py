@@ -10,7 +10,7 @@ from tracer.worker.attention import attention_rows
 from tracer.worker.batch import Row
 from tracer.worker.layers import Layer
 
-__all__ = ["is_causal", "past_keys", "row_weights"]
+__all__ = ["past_keys", "row_weights"]
 
 
 def row_weights(layer: Layer, query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def row_weights(layer: Layer, query: torch.Tensor, keys: torch.Tensor, positions
     return attention_rows(query, keys, positions, layer.math)
 
 
-def is_causal(metadata: Any) -> bool:
+def _is_causal(metadata: Any) -> bool:
     """True if the step's metadata says plainly that every row sees only what came before it."""
     return getattr(metadata, "causal", True) is True and getattr(metadata, "dynamic_causal", None) is None
 
@@ -31,6 +31,8 @@ def past_keys(layer: Layer, row: Row, kv_cache: torch.Tensor, metadata: Any) -> 
     them before attention runs. Blocks that a sliding window has given back hold other keys; they are masked.
     """
     assert layer.keys is not None
+    if not _is_causal(metadata):
+        raise ValueError("the step's attention is not causal")
     length = row.position + 1
     count = -(-length // layer.keys.block_size)
     blocks = metadata.block_table[row.index, :count].to(torch.int64)

@@ -28,16 +28,15 @@ from tracer.records import (
     TraceRequest,
     WorkerEnd,
 )
-from tracer.statistics import RowStatistics, logits_statistics, logits_summary
+from tracer.statistics import RowStatistics, logits_statistics, logits_summaries
 from tracer.worker.attention import row_features, summarise
 from tracer.worker.batch import Row, Runner, StepView
 from tracer.worker.layers import Layer
-from tracer.worker.pack import pack
-from tracer.worker.rows import is_causal, past_keys, row_weights
+from tracer.worker.pack import DTYPES, pack
+from tracer.worker.rows import past_keys, row_weights
 
 __all__ = ["Step", "StepTracer"]
 
-DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
 PREFILL_ROWS: Final = 256
 """Query rows per record of the prompt's map: bounds a record's size."""
 
@@ -79,6 +78,11 @@ class _Work:
     """Row of `Step.logits`; -1 if nothing is sampled."""
     weights: torch.Tensor | None = None
     """float32 [layers, heads, keys] of the last query row."""
+    features: torch.Tensor | None = None
+    """float32 [layers, heads, 4] of `weights`, see `attention.FEATURES`."""
+    token: int | None = None
+    """What was sampled from the row."""
+    logits: LogitsSummary | None = None
     layers_seen: int = 0
     """Layers that have put their row into `weights`."""
 
@@ -199,8 +203,6 @@ class StepTracer:
 
     def _attend(self, layer: Layer, work: _Work, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any) -> None:
         row, traced = work.row, work.traced
-        if not is_causal(metadata):
-            raise ValueError("the step's attention is not causal")
         needs_prompt = traced.all_rows and row.computed < row.prompt_tokens
         if not (row.samples or needs_prompt):
             return
@@ -285,9 +287,12 @@ class StepTracer:
             end_ns = wall_clock_ns()
             sampled = dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
             for work in step.works:
-                tokens = sampled.get(work.row.request_id) or [None]
+                work.token = next(iter(sampled.get(work.row.request_id) or ()), None)
+            with self._guard("logits"):
+                _summarise_logits(step)
+            for work in step.works:
                 with self._guard("a step's record"):
-                    self._send_or_count(step, work, tokens[0], end_ns)
+                    self._send_or_count(step, work, end_ns)
 
     def _settle(self, traced: _Traced) -> None:
         """One step less to wait for; the end is said after the last record, whichever thread wrote it."""
@@ -297,16 +302,18 @@ class StepTracer:
         if last:
             self._say_end(traced)
 
-    def _send_or_count(self, step: Step, work: _Work, token: int | None, end_ns: int) -> None:
+    def _send_or_count(self, step: Step, work: _Work, end_ns: int) -> None:
         try:
-            self._send(work, self._record(step, work, token, end_ns), self._arrays(step, work))
+            if work.weights is not None:
+                work.features = row_features(work.weights, work.row.prompt_tokens)
+            self._send(work, self._record(step, work, end_ns), self._arrays(step, work))
         except Exception:
             work.traced.lost += 1
             raise
         finally:
             self._settle(work.traced)
 
-    def _record(self, step: Step, work: _Work, token: int | None, end_ns: int) -> StepRecord:
+    def _record(self, step: Step, work: _Work, end_ns: int) -> StepRecord:
         row, request, view = work.row, work.traced.request, step.view
         assert view is not None
         return StepRecord(
@@ -325,22 +332,16 @@ class StepTracer:
             batch_requests=len(view.rows),
             batch_tokens=view.tokens,
             cuda_graph=view.cuda_graph,
-            token_id=token,
-            logits=self._logits(step, work, token),
+            token_id=work.token,
+            logits=work.logits,
             attention=self._attention(work),
             capture=request.capture is not None,
         )
 
-    def _logits(self, step: Step, work: _Work, token: int | None) -> LogitsSummary | None:
-        if step.logits is None or step.statistics is None or work.logits_row < 0 or token is None:
-            return None
-        return logits_summary(step.logits[work.logits_row], step.statistics, work.logits_row, token)
-
     def _attention(self, work: _Work) -> AttentionSummary | None:
-        if work.weights is None:
+        if work.weights is None or work.features is None:
             return None
-        features = row_features(work.weights, work.row.prompt_tokens)
-        return summarise(work.weights, features, list(work.traced.slots), work.traced.heads)
+        return summarise(work.weights, work.features, list(work.traced.slots), work.traced.heads)
 
     def _arrays(self, step: Step, work: _Work) -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
         """(name, tensor, start) of everything this row stores."""
@@ -356,11 +357,10 @@ class StepTracer:
             else:
                 values, ids = torch.topk(row, capture.logits.top)
                 out += [("logits_topk", values.to(dtype), (0,)), ("logits_topk_id", ids.to(torch.int32), (0,))]
-        if work.weights is not None:
+        if work.weights is not None and work.features is not None:
             if capture.attention is not None:
                 out.append(("attention", work.weights.to(DTYPES[capture.attention.dtype]), (0, 0, 0)))
-            features = row_features(work.weights, work.row.prompt_tokens)
-            out.append(("attention_summary", features, (0, 0, 0)))
+            out.append(("attention_summary", work.features, (0, 0, 0)))
         return out
 
     def _send(self, work: _Work, record: StepRecord, arrays: list[tuple[str, torch.Tensor, tuple[int, ...]]]) -> None:
@@ -376,6 +376,16 @@ class StepTracer:
             traced.problems.clear()
             return
         traced.lost += 1
+
+
+def _summarise_logits(step: Step) -> None:
+    """Give each sampled row its summary, all rows at once."""
+    if step.logits is None or step.statistics is None:
+        return
+    works = [work for work in step.works if work.logits_row >= 0]  # In the order of their rows.
+    summaries = logits_summaries(step.logits, step.statistics, [work.token for work in works])
+    for work, summary in zip(works, summaries, strict=True):
+        work.logits = summary
 
 
 def _check_layers(work: _Work) -> None:
