@@ -19,7 +19,7 @@ endif
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: venv ## serve a small model, trace and capture a chat, open the viewer
+demo: venv ## serve a small model, trace and capture a chat, print what was recorded
 	@$(BIN)/python deploy/demo.py
 
 test: lint types ## everything CI runs: lint, types, architecture, all tests with a real engine

@@ -1,7 +1,7 @@
 """Append-only Zarr v3 shards: chunks as they come, then the index, then the rename.
 
 A shard grows as `<name>.part`, which no reader looks at; with the index and its checksum at the end it takes its real
-name, and every Zarr v3 library reads it. Libraries pay 3 to 60 times more CPU for small appends (research/storage.md).
+name, and every Zarr v3 library reads it. Libraries pay 3 to 60 times more CPU for small appends.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tracer.config import Settings
-from tracer.export import Channel, engine_infos, publish_engine
+from tracer.errors import SettingsError
+from tracer.export import Channel, engine_infos, publish_engine, socket_path
 from tracer.records import EngineInfo, GenerationEnd, GenerationStart, RequestSpan, StepRecord
 
 TRACE = "a" * 32
@@ -113,3 +115,42 @@ def exporter_pid(settings: Settings) -> int:
             if b"tracer.configure" in words and settings.socket.encode() in words:
                 return int(entry.name)
     raise AssertionError("no exporter process")
+
+
+def test_an_exporter_that_died_at_work_is_noticed(settings: Settings, channels: Callable[..., Channel]) -> None:
+    api = channels("api")
+    os.kill(exporter_pid(settings), signal.SIGSTOP)
+    pid = exporter_pid(settings)
+    api.ring.set_waiting(False)  # As if it had died in the middle of a batch: it never said that it sleeps.
+    os.kill(pid, signal.SIGKILL)
+    patience = threading.Event()
+    for _ in range(400):
+        api.ring.set_waiting(False)
+        api.send(RequestSpan(TRACE, "c" * 16, None, 1, 2, "POST", "/x", 200))
+        if api._socket is not None and api.flush([], 1):
+            break
+        patience.wait(0.05)
+    assert exporter_pid(settings) != pid
+
+
+def test_a_runtime_directory_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracer.config.runtime_directory", lambda: tmp_path)
+    tmp_path.chmod(0o755)
+    with pytest.raises(SettingsError, match="private directory"):
+        socket_path()
+
+
+def test_files_of_dead_servers_are_swept_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracer.config.runtime_directory", lambda: tmp_path)
+    tmp_path.chmod(0o700)
+    for name in ("1-dead.lock", "1-dead.sock", "1-dead.engine-0.json", "2-alive.lock", "2-alive.sock"):
+        (tmp_path / name).touch()
+    for name in ("1-dead.lock", "2-alive.lock"):
+        os.utime(tmp_path / name, (1, 1))
+    with (tmp_path / "2-alive.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(tmp_path / "2-alive.lock", (1, 1))
+        socket_path()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2-alive.lock", "2-alive.sock"]

@@ -71,7 +71,7 @@ def check_capture(spec: CaptureSpec, engines: Sequence[EngineInfo]) -> None:
     """
     if not engines:
         raise CaptureUnavailableError(
-            "no worker of this process has reported what it can capture; see tensorspan doctor"
+            "no worker has reported what it can capture; see tensorspan doctor"
         )
     if spec.logits is not None:
         for engine in engines:

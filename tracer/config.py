@@ -7,6 +7,7 @@ variables alone; the few facts about them that decide our behaviour are read her
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -32,6 +33,8 @@ __all__ = [
 
 PREFIX: Final = "TENSORSPAN_"
 MAX_RUNTIME_PATH: Final = 64
+KUBERNETES: Final = re.compile(r"(service_(host|port)|port)(_.*)?")
+"""What Kubernetes sets in every container for a Service that is called `tensorspan`."""
 CAPTURE_POLICIES: Final = ("off", "loopback", "key", "all")
 
 
@@ -74,6 +77,8 @@ def load(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] 
     path = str((overrides or {}).get("file") or named.get("file", ""))
     merged: dict[str, Any] = {**_from_file(path), **named, **(overrides or {})}
     known = {f.name: f for f in fields(Settings)}
+    for name in [name for name in merged if name not in known and KUBERNETES.fullmatch(name)]:
+        del merged[name]
     for name in merged:
         if name not in known:
             raise SettingsError(f"unknown setting {PREFIX}{name.upper()}; known: {', '.join(sorted(known))}")

@@ -25,8 +25,8 @@ from tracer import config, wire
 from tracer._guard import Guard
 from tracer.assemble import Assembler
 from tracer.config import Settings
-from tracer.export import Exporter
-from tracer.records import FlushRecord, Record
+from tracer.export import Exporter, engine_infos
+from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
 
 __all__ = ["ExporterProcess", "exporter_names", "load_exporters", "main"]
@@ -97,22 +97,29 @@ class ExporterProcess:
                 break
         self._finish()
 
+    def learn(self, engines: Sequence[EngineInfo]) -> None:
+        """Facts of workers that were there before this process; their greeting may not fit into a full ring."""
+        for info in engines:
+            self._emit(info, memoryview(b""))
+
     def stop(self, *_: object) -> None:
         """Signal handler: leave the loop at the next turn."""
         self._stopping = True
 
     def _wait(self) -> None:
         """Sleep until a producer writes, unless one already has."""
-        rings = [client.ring for client in self._clients.values() if client.ring is not None]
-        waiting = [ring.set_waiting(True) for ring in rings]
+        waiting = [ring.set_waiting(True) for ring in self._rings()]
         idle = all(waiting)
         for key, _ in self._selector.select(TICK_SECONDS if idle else 0.0):
             if key.fileobj is self._listener:
                 self._accept()
             else:
                 self._receive(key.fd)
-        for ring in rings:
+        for ring in self._rings():
             ring.set_waiting(False)
+
+    def _rings(self) -> list[Ring]:
+        return [client.ring for client in self._clients.values() if client.ring is not None]
 
     def _accept(self) -> None:
         conn, _ = self._listener.accept()
@@ -138,6 +145,8 @@ class ExporterProcess:
         self._selector.unregister(client.conn)
         client.conn.close()
         self._assembler.lost_source(fd)
+        if client.ring is not None:
+            client.ring.close()
 
     def _drain(self) -> None:
         """Workers' records up to now, after everything the API processes had said before them."""
@@ -157,6 +166,7 @@ class ExporterProcess:
                     client.flushes.append(record)
                 else:
                     self._assembler.take(fd, record, frame.payload)
+            frame = None
             ring.release()
 
     def _emit(self, record: Record, payload: memoryview) -> None:
@@ -179,12 +189,15 @@ class ExporterProcess:
                 exporter.force_flush(SHUTDOWN_SECONDS)
 
     def _finish(self) -> None:
+        self._listener.close()  # A producer that comes now must start a new process, not wait for this one.
         self._drain()
         self._assembler.close()
         for exporter in self._exporters:
             with self._guard(f"closing {type(exporter).__name__}"):
                 exporter.shutdown(SHUTDOWN_SECONDS)
-        _remove(self._path)
+        if self._assembler.orphans:
+            LOG.warning("%d records belonged to no open generation", self._assembler.orphans)
+        _remove(self._path, engines=not self._clients)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -197,10 +210,12 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _remove(path: Path) -> None:
-    """Leave nothing behind in the runtime directory."""
-    for file in (path, path.with_suffix(".lock"), *path.parent.glob(f"{path.stem}.engine-*.json")):
-        file.unlink(missing_ok=True)
+def _remove(path: Path, *, engines: bool) -> None:
+    """Leave nothing behind in the runtime directory but the facts of engines that live on."""
+    path.unlink(missing_ok=True)
+    if engines:
+        for file in path.parent.glob(f"{path.stem}.*"):
+            file.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -212,7 +227,9 @@ def main() -> None:
     # A vLLM worker may have bound itself to some cores; its child need not stay there.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    process = ExporterProcess(Path(sys.argv[1]), load_exporters(config.load(), exporter_names()))
+    settings = config.load()
+    process = ExporterProcess(Path(sys.argv[1]), load_exporters(settings, exporter_names()))
+    process.learn(engine_infos(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, process.stop)
     process.run()

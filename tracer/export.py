@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from typing import Final, Protocol
 
 from tracer import config, wire
 from tracer.config import Settings
+from tracer.errors import SettingsError
 from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
 
@@ -43,6 +45,8 @@ LOG: Final = logging.getLogger("tensorspan")
 START_SECONDS: Final = 20.0
 """How long a process waits for the exporter at its own start; never waited while serving."""
 RETRY_SECONDS: Final = 1.0
+SWEEP_SECONDS: Final = 600.0
+"""A lock this old and held by nobody is a dead server's; a younger one may be between two exporters."""
 
 
 class Exporter(Protocol):
@@ -75,6 +79,7 @@ class Channel:
         self._greeting: list[Record] = []
         self._socket: socket.socket | None = None
         self._retry_at = 0.0
+        self._probe_at = 0.0
         self._reconnecting = False
 
     def connect(self, timeout_s: float = START_SECONDS) -> bool:
@@ -107,11 +112,17 @@ class Channel:
             written = self.ring.write(kind, meta, payload)
         if not written:
             self.lost += 1
+        self._see_to_exporter()
+        return written
+
+    def _see_to_exporter(self) -> None:
+        """Wake it if it sleeps; look once a second whether it lives: one that died at work never said it slept."""
+        now = time.monotonic()
         if self._socket is None:
             self._reconnect_later()
-        elif self.ring.waiting:
+        elif self.ring.waiting or now >= self._probe_at:
+            self._probe_at = now + RETRY_SECONDS
             self._wake()
-        return written
 
     def flush(self, generations: Sequence[str], timeout_s: float) -> bool:
         """Wait until the exporter has finished these generations; False if it did not within `timeout_s`."""
@@ -123,14 +134,18 @@ class Channel:
 
     def close(self) -> None:
         """Say goodbye; the exporter reads what is left in the ring first."""
+        if self.lost:
+            LOG.warning("tensorspan: %d records did not fit into the queue (TENSORSPAN_QUEUE_MB)", self.lost)
         conn, self._socket = self._socket, None
         if conn is not None:
             conn.close()
 
     def _wake(self) -> None:
-        assert self._socket is not None
+        conn = self._socket
+        if conn is None:
+            return
         try:
-            self._socket.send(b"\x01")
+            conn.send(b"\x01")
         except BlockingIOError:
             return  # The exporter has unread wake-ups: it is awake.
         except OSError:
@@ -184,16 +199,29 @@ def socket_path() -> Path:
     """A fresh socket path for one server or script, in a directory only this user may enter."""
     base = config.runtime_directory()
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = base.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise SettingsError(f"{base} is not a private directory of this user; remove it or set XDG_RUNTIME_DIR")
     _sweep(base)
     return base / f"{os.getpid()}-{os.urandom(4).hex()}.sock"
 
 
 def _sweep(base: Path) -> None:
-    """Remove what servers left that were killed with their exporter: files of processes that no longer exist."""
-    for file in base.glob("*-*.*"):
-        pid = file.name.partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            file.unlink(missing_ok=True)
+    """Remove what servers left that were killed with their exporter: files of locks that nobody holds."""
+    for lock in base.glob("*.lock"):
+        if time.time() - lock.stat().st_mtime > SWEEP_SECONDS and not _held(lock):
+            for file in base.glob(f"{lock.stem}.*"):
+                file.unlink(missing_ok=True)
+
+
+def _held(lock: Path) -> bool:
+    """True if an exporter process lives behind this lock file; works across containers that share the directory."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def publish_engine(settings: Settings, info: EngineInfo) -> None:

@@ -116,6 +116,13 @@ class Ring:
         self._words[TAIL] += self._pending
         self._pending = 0
 
+    def close(self) -> None:
+        """Give the memory back; every frame must have been let go of before."""
+        for view in (self._words, self._data, self._memory):
+            view.release()
+        self._map.close()
+        os.close(self.fd)
+
     def set_waiting(self, waiting: bool) -> bool:
         """Consumer: say whether a wake-up is wanted; returns True if the ring is empty, that is, sleeping is safe."""
         self._words[WAITING] = int(waiting)

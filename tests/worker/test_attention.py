@@ -97,3 +97,13 @@ def test_summary_names_the_largest_weight_outside_position_zero() -> None:
 def test_a_single_key_has_no_top() -> None:
     weights = torch.ones(1, 1, 1)
     assert summarise(weights, row_features(weights, 1), [0], [0]).top_position == -1
+
+
+def test_heads_that_a_layer_does_not_have_count_for_nothing() -> None:
+    weights = torch.zeros(2, 4, 3)
+    weights[0], weights[1, :2] = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.5, 0.3, 0.2])
+    features = row_features(weights, prompt_tokens=2)
+    assert torch.isnan(features[1, 2:]).all()
+    summary = summarise(weights, features, [0, 1], [0, 1, 2, 3])
+    assert summary.sink_mass == pytest.approx(0.5)
+    assert summary.prompt_mass == pytest.approx(0.8)

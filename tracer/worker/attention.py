@@ -71,12 +71,16 @@ def _softmax_rows(query: torch.Tensor, key: torch.Tensor, positions: torch.Tenso
 
 
 def row_features(weights: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
-    """float32 [..., 4] as in FEATURES, for rows [..., keys] whose own position is the last key."""
+    """float32 [..., 4] as in FEATURES, for rows [..., keys] whose own position is the last key.
+
+    A row of zeros is no row (a layer with fewer heads than others leaves some): its features are NaN.
+    """
     entropy = torch.special.entr(weights).sum(dim=-1)
     total = weights.sum(dim=-1)
     sink = weights[..., 0] + (1.0 - total).clamp(min=0.0)
     prompt = weights[..., :prompt_tokens].sum(dim=-1)
-    return torch.stack([entropy, sink, prompt, weights[..., -1]], dim=-1)
+    features = torch.stack([entropy, sink, prompt, weights[..., -1]], dim=-1)
+    return features.masked_fill((total == 0)[..., None], torch.nan)
 
 
 def summarise(weights: torch.Tensor, features: torch.Tensor, layers: list[int], heads: list[int]) -> AttentionSummary:
@@ -84,7 +88,7 @@ def summarise(weights: torch.Tensor, features: torch.Tensor, layers: list[int], 
 
     weights: [layers, heads, keys]; features: [layers, heads, 4]; layers, heads: the model's indices of those axes.
     """
-    entropy, sink, prompt, own = features.mean(dim=(0, 1)).tolist()
+    entropy, sink, prompt, own = features.nanmean(dim=(0, 1)).tolist()
     if weights.shape[-1] < 2:
         return AttentionSummary(entropy, sink, prompt, own, -1, 0.0, -1, -1)
     best, at = weights[..., 1:].flatten().max(dim=0)

@@ -8,7 +8,8 @@ and hears of finishes, stop strings, aborts and dead engines. It is where a gene
 from __future__ import annotations
 
 import copy
-import sys
+import logging
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -28,8 +29,9 @@ __all__ = ["Frontend", "install"]
 
 PARAMETERS: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed", "max_tokens")
 """Sampling parameters that have a GenAI attribute of the same name under `gen_ai.request`."""
-SERVER_MODULE: Final = "vllm.entrypoints.launchers.api_server.entry"
-"""Loaded in a process that serves HTTP: there only the middleware may ask for captures."""
+MAX_UNSENT: Final = 4096
+"""Ends that wait for room in the queue."""
+LOG: Final = logging.getLogger("vllm.tensorspan")
 
 
 @dataclass(slots=True)
@@ -53,19 +55,21 @@ class Frontend:
         self._settings = settings
         self._guard = Guard()
         self._open: dict[str, _Generation] = {}
+        self._unsent: deque[GenerationEnd] = deque(maxlen=MAX_UNSENT)
         self._tables: dict[int, TokenBytes] = {}
         self._engines: WeakKeyDictionary[Any, tuple[EngineInfo, ...]] = WeakKeyDictionary()
         """By output processor, that is, by engine: a script may start one after the other."""
 
-    def begin(self, processor: Any, request: Any, prompt: str | None, choice: int) -> None:
+    def begin(self, processor: Any, request: Any, choice: int, *, served: bool) -> None:
         """Before vLLM registers `request` (an `EngineCoreRequest`): decide, announce, attach.
 
+        served: True behind `AsyncLLM`, which may answer a network, False behind the synchronous `LLM`.
         Raises CaptureRequestError or CaptureUnavailableError to an offline caller who asked for the impossible; a
         client of the server has been told by the middleware already.
         """
         if request.sampling_params is None:
             return
-        inbound, text = self._origin(request.sampling_params.extra_args or {})
+        inbound, text = self._origin(request.sampling_params.extra_args or {}, served=served)
         if inbound is None and text:
             capture = context.parse_capture(text)
             inbound = Inbound.offline(capture, sampled=self._settings.trace)
@@ -74,25 +78,29 @@ class Frontend:
             if inbound.source == "offline" and inbound.capture is not None:
                 context.check_capture(inbound.capture, self._engine_infos(processor))
             with self._guard("announcing a generation"):
-                traced = self._announce(processor, request, prompt, choice, inbound)
+                traced = self._announce(processor, request, choice, inbound)
         _attach(request, traced)
 
-    def _origin(self, extra: dict[str, Any]) -> tuple[Inbound | None, str]:
-        """Who asked: the middleware, an offline `capture(...)` block, or the request's own text."""
+    def _origin(self, extra: dict[str, Any], *, served: bool) -> tuple[Inbound | None, str]:
+        """Who asked: the middleware, a `capture(...)` block, or the text of an offline request.
+
+        An asynchronous engine may stand behind any HTTP server, which passes its clients' `vllm_xargs` on: there a
+        text counts only if the middleware has judged it.
+        """
         inbound = ACTIVE.get()
-        if inbound is not None or context.in_http_request.get() or SERVER_MODULE in sys.modules:
+        if inbound is not None or context.in_http_request.get():
             return inbound, ""
-        text = str(extra.get(TEXT_KEY) or "")
+        text = "" if served else str(extra.get(TEXT_KEY) or "")
         return (Inbound.offline(None) if not text and self._settings.trace else None), text
 
-    def _announce(
-        self, processor: Any, request: Any, prompt: str | None, choice: int, inbound: Inbound
-    ) -> TraceRequest:
+    def _announce(self, processor: Any, request: Any, choice: int, inbound: Inbound) -> TraceRequest | None:
         trace_id, span_id = inbound.issue()
         traced = TraceRequest(trace_id, span_id, inbound.sampled, inbound.capture)
         table = token_bytes(processor.tokenizer, self._tables) if inbound.capture is not None else None
         start = self._start(request, choice, inbound, traced, table, self._model(processor))
-        self._channel().send(start)
+        if not self._channel().send(start):
+            LOG.warning("tensorspan: the queue is full; generation %s is not traced", traced.span_id)
+            return None
         self._open[request.request_id] = _Generation(traced, table, id(processor))
         return traced
 
@@ -124,6 +132,7 @@ class Frontend:
     def outputs(self, processor: Any, outputs: Sequence[Any]) -> None:
         """After vLLM has processed a batch of `EngineCoreOutput`."""
         with self._guard("following outputs"):
+            self._send_ends()
             for output in outputs:
                 generation = self._open.get(output.request_id)
                 if generation is not None:
@@ -167,12 +176,18 @@ class Frontend:
             output_token_ids=ids if captured else (),
             output_token_bytes=texts,
         )
-        self._channel().send(end)
+        self._unsent.append(end)
+        self._send_ends()
+
+    def _send_ends(self) -> None:
+        """A refused end is kept: without it the generation would stay open in the exporter."""
+        while self._unsent and self._channel().send(self._unsent[0]):
+            self._unsent.popleft()
 
     @property
     def idle(self) -> bool:
         """True if no generation of this process is traced: the hooks then do nothing more."""
-        return not self._open
+        return not self._open and not self._unsent
 
     def _channel(self) -> Channel:
         return process_channel(self._settings)
@@ -224,7 +239,8 @@ def install(settings: Settings) -> None:
     def add_request(original: Any) -> Any:
         def hooked(self: Any, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *rest: Any, **named: Any) -> Any:  # noqa: E501  # fmt: skip
             if request.request_id not in self.request_states:
-                frontend.begin(self, request, prompt, request_index)
+                queue = rest[0] if rest else named.get("queue")
+                frontend.begin(self, request, request_index, served=queue is not None)
             return original(self, request, prompt, parent_req, request_index, *rest, **named)
 
         return hooked

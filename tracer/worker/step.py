@@ -131,8 +131,7 @@ class StepTracer:
             scheduled = [self._traced[name] for name in plan.scheduled & self._traced.keys()]
             self._wants_attention = any(traced.slots for traced in scheduled)
             self._runner.demote(self._wants_attention)
-            if scheduled:
-                self._step = Step(wall_clock_ns())
+            self._step = Step(wall_clock_ns()) if scheduled else None
         return self._step is not None
 
     def _arrive(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
@@ -258,8 +257,9 @@ class StepTracer:
                 return
             for place, work in enumerate(sampling):
                 work.logits_row = place
-            picked = torch.tensor([work.row.index for work in sampling], device=logits.device)
-            step.logits = logits.index_select(0, picked).to(torch.float32)
+            # Pinned and asynchronous on a GPU: a pageable copy would wait for the whole forward pass.
+            picked = torch.tensor([work.row.index for work in sampling], pin_memory=logits.is_cuda)
+            step.logits = logits.index_select(0, picked.to(logits.device, non_blocking=True)).to(torch.float32)
             step.statistics = logits_statistics(step.logits, self._topk)
 
     def take_step(self) -> Step | None:
@@ -367,15 +367,15 @@ class StepTracer:
         """Hand the record over whole; without its arrays if the queue is full; else count it."""
         traced = work.traced
         slots, payload = pack(arrays)
-        dropped = tuple(traced.problems)
-        if self._channel.send(replace(record, arrays=slots, dropped=dropped), payload):
-            traced.problems.clear()
+        # Taken before sending: the next step's forward pass may add to the list meanwhile.
+        problems, traced.problems = traced.problems, []
+        if self._channel.send(replace(record, arrays=slots, dropped=tuple(problems)), payload):
             return
-        dropped += tuple(f"{name}: queue full" for name, _, _ in arrays)
-        if arrays and self._channel.send(replace(record, dropped=dropped)):
-            traced.problems.clear()
+        problems += [f"{name}: queue full" for name, _, _ in arrays]
+        if arrays and self._channel.send(replace(record, dropped=tuple(problems))):
             return
         traced.lost += 1
+        traced.problems = [*problems, "step: queue full", *traced.problems]
 
 
 def _summarise_logits(step: Step) -> None:
