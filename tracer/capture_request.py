@@ -70,9 +70,7 @@ def check_capture(spec: CaptureSpec, engines: Sequence[EngineInfo]) -> None:
     Raises CaptureRequestError if the model lacks it, CaptureUnavailableError if this server cannot capture it.
     """
     if not engines:
-        raise CaptureUnavailableError(
-            "no worker has reported what it can capture; see tensorspan doctor"
-        )
+        raise CaptureUnavailableError("no worker has reported what it can capture; see tensorspan doctor")
     if spec.logits is not None:
         for engine in engines:
             _refuse_if("logits", engine.logits_unsupported)

@@ -7,6 +7,7 @@ The exporter process is started by whichever process needs it first, and started
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -181,6 +182,7 @@ def process_channel(settings: Settings, role: str = "api", capacity_mb: int = 16
     if key not in _CHANNELS:
         ready = settings if settings.socket else replace(settings, socket=str(socket_path()))
         channel = _CHANNELS[key] = Channel(ready, role, capacity_mb * 1_000_000)
+        atexit.register(channel.close)
         channel.connect()
     return _CHANNELS[key]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from tests.integration.oracle import oracle
 from tests.integration.receiver import Receiver, attributes
 from tests.integration.server import Server
-from tracer import Capture, open_capture
+from tracer import Capture, find_captures, open_capture
 
 pytestmark = pytest.mark.engine
 
@@ -283,3 +285,33 @@ def test_a_client_that_leaves_ends_its_span_and_its_capture(
     cap = open_capture(server_store, span_id)
     assert (cap.attrs["status"], cap.closed) == ("aborted", True)
     assert 0 < cap.num_steps < 800
+
+
+def exporter_of(store: Path) -> int:
+    """The exporter process that writes to `store`."""
+    wanted = f"TENSORSPAN_STORE={store}".encode()
+    for entry in Path("/proc").iterdir():
+        try:
+            if b"tracer.configure" in (entry / "cmdline").read_bytes() and wanted in (entry / "environ").read_bytes():
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError("no exporter process")
+
+
+def test_serving_goes_on_without_the_exporter_and_a_new_one_takes_over(
+    server: Server, receiver: Receiver, server_store: Path
+) -> None:
+    before = exporter_of(server_store)
+    os.kill(before, signal.SIGKILL)
+    for _ in range(30):
+        status, headers, answer = server.post("/v1/chat/completions", chat(max_tokens=4), {"Trace-Capture": "logits"})
+        assert status == 200
+        assert answer["choices"][0]["message"]["content"]
+        _, span_id = headers["trace-capture-ref"].split("/")
+        entries = [entry for entry in find_captures(server_store) if entry.span_id == span_id]
+        if entries and entries[0].complete:
+            break
+    else:
+        raise AssertionError("no capture was complete again")
+    assert exporter_of(server_store) != before

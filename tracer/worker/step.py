@@ -379,7 +379,6 @@ class StepTracer:
 
 
 def _summarise_logits(step: Step) -> None:
-    """Give each sampled row its summary, all rows at once."""
     if step.logits is None or step.statistics is None:
         return
     works = [work for work in step.works if work.logits_row >= 0]  # In the order of their rows.
