@@ -259,7 +259,7 @@ def test_a_queue_that_nobody_reads_costs_the_trace_and_nothing_else(llama_engine
     assert after.capture.complete
 
 
-@pytest.mark.parametrize("method", ["_attend", "_arrays"])
+@pytest.mark.parametrize("method", ["_keep", "_arrays"])
 def test_a_mistake_of_ours_costs_one_capture_and_no_answer(
     method: str, llama_engine: Any, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +268,8 @@ def test_a_mistake_of_ours_costs_one_capture_and_no_answer(
     original = getattr(StepTracer, method)
 
     def broken(self: Any, first: Any, second: Any, *rest: Any) -> Any:
-        layer = first.info.index if method == "_attend" else 1
-        if second.row.prompt_tokens == 20 and layer == 1:
+        work, layer = (first, second) if method == "_keep" else (second, 1)
+        if work.row.prompt_tokens == 20 and layer == 1:
             raise ValueError("a mistake")
         return original(self, first, second, *rest)
 
@@ -283,9 +283,9 @@ def test_a_mistake_of_ours_costs_one_capture_and_no_answer(
     assert hit.capture is not None
     assert hit.capture.closed
     assert not hit.capture.complete
-    wanted = "layer 1: a mistake" if method == "_attend" else "not received"
+    wanted = "layer 1: a mistake" if method == "_keep" else "not received"
     assert wanted in {entry["reason"] for entry in hit.capture.missing}
-    if method == "_attend":
+    if method == "_keep":
         assert not hit.capture.attention, "a row with a layer missing is no row"
         np.testing.assert_array_equal(np.asarray(hit.capture.logits), np.asarray(before[0].capture.logits))
     assert before[1].capture is not None

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracer.worker.attention import LayerMath, attention_rows, row_features, summarise
+from tracer.worker.attention import LayerMath, attention_last_rows, attention_rows, row_features, summarise
 
 
 def oracle(query: np.ndarray, key: np.ndarray, position: int, head: int, group: int, math_: LayerMath) -> np.ndarray:
@@ -107,3 +107,21 @@ def test_heads_that_a_layer_does_not_have_count_for_nothing() -> None:
     summary = summarise(weights, features, [0, 1], [0, 1, 2, 3])
     assert summary.sink_mass == pytest.approx(0.5)
     assert summary.prompt_mass == pytest.approx(0.8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.lists(st.integers(0, 3), min_size=1, max_size=4))
+def test_last_rows_together_equal_each_alone(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerMath], shorter: list[int]
+) -> None:
+    query, key, positions, layer = case
+    ends = [int(positions[-1]) - cut for cut in shorter]
+    queries = query[:1].expand(len(ends), -1, -1) * torch.arange(1, len(ends) + 1)[:, None, None]
+    keys = torch.stack([key.roll(place, dims=1) for place in range(len(ends))], dim=1)
+    for place, end in enumerate(ends):
+        keys[:, place, end + 1 :] = torch.nan  # Somebody else's keys, or none.
+    together = attention_last_rows(queries, keys, torch.tensor(ends), layer)
+    for place, end in enumerate(ends):
+        alone = attention_rows(queries[place : place + 1], keys[:, place, : end + 1], torch.tensor([end]), layer)
+        assert torch.allclose(together[:, place, : end + 1], alone[:, 0], atol=1e-6)
+        assert not together[:, place, end + 1 :].any()

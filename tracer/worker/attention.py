@@ -13,7 +13,7 @@ import torch
 
 from tracer.records import AttentionSummary
 
-__all__ = ["FEATURES", "LayerMath", "attention_rows", "row_features", "summarise"]
+__all__ = ["FEATURES", "LayerMath", "attention_last_rows", "attention_rows", "row_features", "summarise"]
 
 FEATURES: Final = ("entropy", "sink_mass", "prompt_mass", "self_weight")
 """Last axis of `row_features`, in this order."""
@@ -50,14 +50,34 @@ def attention_rows(query: torch.Tensor, key: torch.Tensor, positions: torch.Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def attention_last_rows(
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, math: LayerMath
+) -> torch.Tensor:
+    """Like `attention_rows` for rows of different requests, each with keys of its own, in one pass.
+
+    query: [rows, heads, head_size]; key: [kv_heads, rows, keys, head_size], where what lies after a row's position may
+    be anything; result float32 [heads, rows, keys].
+    """
+    rows, heads, size = query.shape
+    groups = key.shape[0]
+    grouped = query.float().view(rows, groups, heads // groups, size)
+    scores = torch.matmul(grouped, key.float().permute(1, 0, 3, 2)).reshape(rows, heads, -1)
+    return _weigh(scores.transpose(0, 1) * math.scale, positions, math)
+
+
 def _softmax_rows(query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, math: LayerMath) -> torch.Tensor:
     rows, heads, size = query.shape
     groups = key.shape[0]
     grouped = query.float().transpose(0, 1).reshape(groups, heads // groups * rows, size)
     scores = torch.bmm(grouped, key.float().transpose(1, 2)).view(heads, rows, -1) * math.scale
+    return _weigh(scores, positions, math)
+
+
+def _weigh(scores: torch.Tensor, positions: torch.Tensor, math: LayerMath) -> torch.Tensor:
+    """Scaled scores [heads, rows, keys] through everything that follows them."""
     if math.soft_cap is not None:
         scores = math.soft_cap * torch.tanh(scores / math.soft_cap)
-    distance = torch.arange(key.shape[1], device=key.device) - positions[:, None]
+    distance = torch.arange(scores.shape[-1], device=scores.device) - positions[:, None]
     if math.alibi_slopes is not None:
         scores = scores + math.alibi_slopes.to(scores)[:, None, None] * distance
     hidden = distance > 0
@@ -66,7 +86,7 @@ def _softmax_rows(query: torch.Tensor, key: torch.Tensor, positions: torch.Tenso
     scores = scores.masked_fill(hidden, -torch.inf)
     if math.sinks is None:
         return torch.softmax(scores, dim=-1)
-    sink = math.sinks.to(scores)[:, None, None].expand(heads, rows, 1)
+    sink = math.sinks.to(scores)[:, None, None].expand(*scores.shape[:2], 1)
     return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
 
 

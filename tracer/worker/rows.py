@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 
-from tracer.worker.attention import attention_rows
+from tracer.worker.attention import attention_last_rows, attention_rows
 from tracer.worker.batch import Row
 from tracer.worker.layers import Layer
 
-__all__ = ["past_keys", "row_weights"]
+__all__ = ["last_row_weights", "past_keys", "row_weights", "worth_batching"]
+
+MAX_PADDING: Final = 2
+"""How many times the keys that are needed a batch may read."""
 
 
 def row_weights(layer: Layer, query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -37,3 +41,29 @@ def past_keys(layer: Layer, row: Row, kv_cache: torch.Tensor, metadata: Any) -> 
     count = -(-length // layer.keys.block_size)
     blocks = metadata.block_table[row.index, :count].to(torch.int64)
     return layer.keys.read(kv_cache, blocks)[:, :length]
+
+
+def worth_batching(rows: Sequence[Row]) -> bool:
+    """True for several requests of not too different lengths: each is padded to the longest."""
+    lengths = [row.position + 1 for row in rows]
+    return len(rows) > 1 and max(lengths) * len(rows) <= MAX_PADDING * sum(lengths)
+
+
+def last_row_weights(
+    layer: Layer, rows: Sequence[Row], query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any
+) -> list[torch.Tensor]:
+    """Weights [heads, keys] of the last query row of each request, all requests at once."""
+    assert layer.keys is not None
+    assert layer.math is not None
+    if not _is_causal(metadata):
+        raise ValueError("the step's attention is not causal")
+    device = kv_cache.device
+    positions = torch.tensor([row.position for row in rows])
+    count = -(-(int(positions.max()) + 1) // layer.keys.block_size)
+    # Rows of the table are as long as the longest request: what follows a shorter one's blocks is masked.
+    table = metadata.block_table[torch.tensor([row.index for row in rows], device=device), :count].to(torch.int64)
+    keys = layer.keys.read(kv_cache, table.clamp(min=0).flatten())
+    keys = keys.view(keys.shape[0], len(rows), -1, keys.shape[2])
+    last = query[torch.tensor([row.first + row.tokens - 1 for row in rows], device=device)]
+    weights = attention_last_rows(last, keys, positions.to(device), layer.math)
+    return [weights[:, place, : row.position + 1] for place, row in enumerate(rows)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -23,80 +23,21 @@ from tracer.records import (
     AttentionSpec,
     AttentionSummary,
     EngineInfo,
-    LogitsSummary,
     StepRecord,
-    TraceRequest,
     WorkerEnd,
 )
-from tracer.statistics import RowStatistics, logits_statistics, logits_summaries
+from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker.attention import row_features, summarise
-from tracer.worker.batch import Row, Runner, StepView
+from tracer.worker.batch import Runner
 from tracer.worker.layers import Layer
 from tracer.worker.pack import DTYPES, pack
-from tracer.worker.rows import past_keys, row_weights
+from tracer.worker.rows import last_row_weights, past_keys, row_weights, worth_batching
+from tracer.worker.work import Step, Traced, Work
 
-__all__ = ["Step", "StepTracer"]
+__all__ = ["StepTracer"]
 
 PREFILL_ROWS: Final = 256
 """Query rows per record of the prompt's map: bounds a record's size."""
-
-
-@dataclass(slots=True)
-class _Traced:
-    """A request that has a TraceRequest, for as long as the scheduler knows it."""
-
-    request: TraceRequest
-    slots: dict[int, int]
-    """Layer index → place on the stored layer axis; empty without attention."""
-    heads: list[int]
-    attempt: int = 1
-    problems: list[str] = field(default_factory=list)
-    """`name: cause` of what was lost and not yet said."""
-    lost: int = 0
-    """Records that could not be handed over even without arrays."""
-    pending: int = 0
-    """Steps that have run and whose tokens are not known yet."""
-    finished: bool = False
-    """The scheduler has forgotten the request."""
-
-    @property
-    def attention(self) -> AttentionSpec | None:
-        return self.request.capture.attention if self.request.capture else None
-
-    @property
-    def all_rows(self) -> bool:
-        return self.attention is not None and self.attention.rows == "all"
-
-
-@dataclass(slots=True)
-class _Work:
-    """One traced row of a step."""
-
-    row: Row
-    traced: _Traced
-    logits_row: int = -1
-    """Row of `Step.logits`; -1 if nothing is sampled."""
-    weights: torch.Tensor | None = None
-    """float32 [layers, heads, keys] of the last query row."""
-    features: torch.Tensor | None = None
-    """float32 [layers, heads, 4] of `weights`, see `attention.FEATURES`."""
-    token: int | None = None
-    """What was sampled from the row."""
-    logits: LogitsSummary | None = None
-    layers_seen: int = 0
-    """Layers that have put their row into `weights`."""
-
-
-@dataclass(slots=True)
-class Step:
-    """A step between its forward pass and its sampled tokens."""
-
-    start_ns: int
-    view: StepView | None = None
-    works: list[_Work] = field(default_factory=list)
-    logits: torch.Tensor | None = None
-    """float32 [sampled traced rows, vocab], a copy from before grammar, penalties and temperature."""
-    statistics: RowStatistics | None = None
 
 
 class StepTracer:
@@ -109,7 +50,7 @@ class StepTracer:
         self._info = info
         self._topk = max(2, min(topk, info.vocab_size))
         self._guard = Guard()
-        self._traced: dict[str, _Traced] = {}
+        self._traced: dict[str, Traced] = {}
         self._step: Step | None = None
         self._wants_attention = False
         self._lock = threading.Lock()
@@ -144,12 +85,12 @@ class StepTracer:
             return
         capture = request.capture
         if capture is None or not capture.wants_attention:
-            self._traced[request_id] = _Traced(request, {}, [])
+            self._traced[request_id] = Traced(request, {}, [])
             return
         spec = capture.attention or AttentionSpec()
         wanted = [index for index in spec.layers or sorted(self._layers) if index in self._layers]
         heads = list(spec.heads or range(self._info.num_heads))
-        self._traced[request_id] = _Traced(request, {index: slot for slot, index in enumerate(wanted)}, heads)
+        self._traced[request_id] = Traced(request, {index: slot for slot, index in enumerate(wanted)}, heads)
 
     def _forget(self, request_id: str) -> None:
         traced = self._traced.pop(request_id, None)
@@ -161,7 +102,7 @@ class StepTracer:
         if not owed:
             self._say_end(traced)
 
-    def _say_end(self, traced: _Traced) -> None:
+    def _say_end(self, traced: Traced) -> None:
         request = traced.request
         self._channel.send(WorkerEnd(request.trace_id, request.span_id, self._info.rank, traced.lost))
 
@@ -178,42 +119,53 @@ class StepTracer:
         if step is None:
             return
         with self._guard("attention"), torch.no_grad():
-            for work in self._works(step):
-                if index in work.traced.slots:
-                    with self._guard(f"attention of layer {index}"):
-                        self._attend_or_say(self._layers[index], work, query, kv_cache, metadata)
+            works = [work for work in self._works(step) if index in work.traced.slots]
+            for work in self._attend_together(self._layers[index], works, query, kv_cache, metadata):
+                with self._guard(f"attention of layer {index}"):
+                    self._attend_or_say(self._layers[index], work, query, kv_cache, metadata)
 
-    def _works(self, step: Step) -> list[_Work]:
+    def _attend_together(
+        self, layer: Layer, works: list[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> list[Work]:
+        """Rows that need no more than their last query, in one pass; returns the requests that are still to do."""
+        batch = [work for work in works if work.row.samples and not work.wants_prompt]
+        if not worth_batching([work.row for work in batch]):
+            return works
+        with self._guard(f"attention of layer {layer.info.index}"):
+            rows = last_row_weights(layer, [work.row for work in batch], query, cache, metadata)
+            for work, weights in zip(batch, rows, strict=True):
+                self._keep(work, layer.info.index, weights)
+            return [work for work in works if work not in batch]
+        return works
+
+    def _works(self, step: Step) -> list[Work]:
         """The traced rows of this step, worked out when the batch is first final."""
         if step.view is None:
             step.view = self._runner.view()
             rows = [row for row in step.view.rows if row.request_id in self._traced]
-            step.works = [_Work(row, self._traced[row.request_id]) for row in rows]
+            step.works = [Work(row, self._traced[row.request_id]) for row in rows]
         return step.works
 
-    def _attend_or_say(
-        self, layer: Layer, work: _Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
-    ) -> None:
+    def _attend_or_say(self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any) -> None:
         try:
             self._attend(layer, work, query, cache, metadata)
         except Exception as error:
             work.traced.problems.append(f"attention: layer {layer.info.index}: {error}")
             raise
 
-    def _attend(self, layer: Layer, work: _Work, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any) -> None:
-        row, traced = work.row, work.traced
-        needs_prompt = traced.all_rows and row.computed < row.prompt_tokens
-        if not (row.samples or needs_prompt):
+    def _attend(self, layer: Layer, work: Work, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any) -> None:
+        row = work.row
+        if not (row.samples or work.wants_prompt):
             return
         keys = past_keys(layer, row, kv_cache, metadata)
-        if needs_prompt:
+        if work.wants_prompt:
             self._prompt_rows(layer, work, query, keys)
         if row.samples:
             last = query[row.first + row.tokens - 1 : row.first + row.tokens]
             weights = row_weights(layer, last, keys, torch.full((1,), row.position, device=keys.device))[:, 0]
             self._keep(work, layer.info.index, weights)
 
-    def _keep(self, work: _Work, index: int, weights: torch.Tensor) -> None:
+    def _keep(self, work: Work, index: int, weights: torch.Tensor) -> None:
         """Put one layer's row [heads, keys] in its place of the step's block."""
         traced = work.traced
         if work.weights is None:
@@ -224,7 +176,7 @@ class StepTracer:
         every = len(chosen) == weights.shape[0]
         work.weights[traced.slots[index], : len(chosen)] = weights if every else weights[chosen]
 
-    def _prompt_rows(self, layer: Layer, work: _Work, query: torch.Tensor, keys: torch.Tensor) -> None:
+    def _prompt_rows(self, layer: Layer, work: Work, query: torch.Tensor, keys: torch.Tensor) -> None:
         """Send this chunk's rows of the prompt's map, a bounded number at a time."""
         row, traced = work.row, work.traced
         assert traced.attention is not None
@@ -294,7 +246,7 @@ class StepTracer:
                 with self._guard("a step's record"):
                     self._send_or_count(step, work, end_ns)
 
-    def _settle(self, traced: _Traced) -> None:
+    def _settle(self, traced: Traced) -> None:
         """One step less to wait for; the end is said after the last record, whichever thread wrote it."""
         with self._lock:
             traced.pending -= 1
@@ -302,7 +254,7 @@ class StepTracer:
         if last:
             self._say_end(traced)
 
-    def _send_or_count(self, step: Step, work: _Work, end_ns: int) -> None:
+    def _send_or_count(self, step: Step, work: Work, end_ns: int) -> None:
         try:
             if work.weights is not None:
                 work.features = row_features(work.weights, work.row.prompt_tokens)
@@ -313,7 +265,7 @@ class StepTracer:
         finally:
             self._settle(work.traced)
 
-    def _record(self, step: Step, work: _Work, end_ns: int) -> StepRecord:
+    def _record(self, step: Step, work: Work, end_ns: int) -> StepRecord:
         row, request, view = work.row, work.traced.request, step.view
         assert view is not None
         return StepRecord(
@@ -338,12 +290,12 @@ class StepTracer:
             capture=request.capture is not None,
         )
 
-    def _attention(self, work: _Work) -> AttentionSummary | None:
+    def _attention(self, work: Work) -> AttentionSummary | None:
         if work.weights is None or work.features is None:
             return None
         return summarise(work.weights, work.features, list(work.traced.slots), work.traced.heads)
 
-    def _arrays(self, step: Step, work: _Work) -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
+    def _arrays(self, step: Step, work: Work) -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
         """(name, tensor, start) of everything this row stores."""
         capture = work.traced.request.capture
         out: list[tuple[str, torch.Tensor, tuple[int, ...]]] = []
@@ -363,7 +315,7 @@ class StepTracer:
             out.append(("attention_summary", work.features, (0, 0, 0)))
         return out
 
-    def _send(self, work: _Work, record: StepRecord, arrays: list[tuple[str, torch.Tensor, tuple[int, ...]]]) -> None:
+    def _send(self, work: Work, record: StepRecord, arrays: list[tuple[str, torch.Tensor, tuple[int, ...]]]) -> None:
         """Hand the record over whole; without its arrays if the queue is full; else count it."""
         traced = work.traced
         slots, payload = pack(arrays)
@@ -387,7 +339,7 @@ def _summarise_logits(step: Step) -> None:
         work.logits = summary
 
 
-def _check_layers(work: _Work) -> None:
+def _check_layers(work: Work) -> None:
     """A row with a layer missing is no row: zeros would pass for weights.
 
     Layers are missed if a step ran under a FULL CUDA graph after all, or if one of them failed.
