@@ -376,7 +376,7 @@ def test_absent_request() -> None:
 def test_generation_ids_are_known_before_they_are_asked_for() -> None:
     inbound = Inbound(TRACE, SPAN)
     refs = inbound.refs(5)
-    assert [inbound.next_generation() for _ in range(5)] == [inbound.generation_id(k) for k in range(5)]
+    assert [inbound.issue()[1] for _ in range(5)] == [inbound.generation_id(k) for k in range(5)]
     assert refs == tuple(f"{TRACE}/{inbound.generation_id(k)}" for k in range(5))
     assert len(set(refs)) == 5
     assert inbound.issue() == (TRACE, inbound.generation_id(5))
@@ -406,7 +406,7 @@ def test_threads_never_get_the_same_generation() -> None:
     seen: list[str] = []
 
     def work() -> None:
-        seen.extend(inbound.next_generation() for _ in range(200))
+        seen.extend(inbound.issue()[1] for _ in range(200))
 
     in_threads(8, work)
     assert set(seen) == {inbound.generation_id(k) for k in range(1600)}

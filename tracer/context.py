@@ -156,10 +156,6 @@ class Inbound:
         """Span ID of the k-th generation (from 0): known before the engine asks for it."""
         return self._first if k == 0 else _derived_hex(self._first, b"generation", k, size=8)
 
-    def next_generation(self) -> str:
-        """Span ID of the next generation; safe in threads."""
-        return self.generation_id(next(self._count))
-
     def issue(self) -> tuple[str, str]:
         """Trace ID and span ID of the next generation; safe in threads."""
         identity = self._identity(next(self._count))
