@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracer.ring import Ring
+from tracer.ring import HOT_BYTES, Ring
 
 
 def view(data: bytes) -> memoryview:
@@ -42,6 +42,25 @@ def test_released_space_is_used_again_across_the_end() -> None:
         ring.release()
     assert ring.used == 0
     assert ring.read() is None
+
+
+def test_an_empty_ring_starts_again_at_hot_memory() -> None:
+    ring, block = Ring.create(64 << 20), bytes(1 << 20)
+    for _ in range(100):
+        assert ring.write(1, b"", [view(block)])
+        assert ring.read() is not None
+        ring.release()
+    touched = os.fstat(ring.fd).st_blocks * 512
+    assert touched < HOT_BYTES + (4 << 20), "memory past the hot part was used although nothing waited"
+    backlog = [ring.write(1, bytes([number]), [view(block)]) for number in range(80)]
+    assert sum(backlog) >= 60, "the cold part is there when it is needed"
+    for number in range(sum(backlog)):
+        frame = ring.read()
+        assert frame is not None
+        assert bytes(frame.meta) == bytes([number])
+        frame = None
+        ring.release()
+    assert ring.used == 0
 
 
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=400)), max_size=200))

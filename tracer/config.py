@@ -19,6 +19,8 @@ from tracer.errors import SettingsError
 __all__ = [
     "PREFIX",
     "Settings",
+    "c_compiler",
+    "cache_directory",
     "child_environment",
     "inherited",
     "load",
@@ -144,6 +146,17 @@ def runtime_directory() -> Path:
     # The address of a Unix socket has room for 107 bytes (`unix(7)`).
     base = next((path for path in candidates if path and len(path) < MAX_RUNTIME_PATH), "/tmp")  # noqa: S108
     return Path(base) / f"tensorspan-{os.getuid()}"
+
+
+def cache_directory() -> Path:
+    """Where things that can be made again are kept for this user (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "tensorspan"
+
+
+def c_compiler() -> str | None:
+    """The user's choice of C compiler, with its options (`CC`); None without one."""
+    return os.environ.get("CC") or None
 
 
 def _from_file(path: str) -> dict[str, Any]:

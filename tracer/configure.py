@@ -40,6 +40,11 @@ LINGER_SECONDS: Final = 2.0
 SHUTDOWN_SECONDS: Final = 2.0
 """A dead collector delays the end by no more than this."""
 TICK_SECONDS: Final = 0.1
+NAP_SECONDS: Final = 0.025
+"""Pause after records have been read. A worker's records come at the end of a step, which is when the engine's
+scheduler needs a core most: waking up on each of them costs serving several percent where cores are few."""
+NICENESS: Final = 5
+"""Serving goes before writing when they want the same core; a full queue drops arrays and says so."""
 
 
 def exporter_names() -> tuple[str, ...]:
@@ -66,6 +71,8 @@ class _Client:
     conn: socket.socket
     ring: Ring | None = None
     role: str = ""
+    cpus: frozenset[int] = frozenset()
+    """Cores that a worker has bound itself to."""
     flushes: list[FlushRecord] = field(default_factory=list)
 
 
@@ -79,9 +86,11 @@ class ExporterProcess:
         self._assembler = Assembler(self._emit, time.monotonic)
         self._clients: dict[int, _Client] = {}
         self._selector = selectors.DefaultSelector()
+        self._cpus = frozenset(os.sched_getaffinity(0))
         self._listener = _listen(path)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._stopping = False
+        self._worked = False
 
     def run(self) -> None:
         """Serve until the last client has gone or a signal asks to stop."""
@@ -107,10 +116,14 @@ class ExporterProcess:
         self._stopping = True
 
     def _wait(self) -> None:
-        """Sleep until a producer writes, unless one already has."""
-        waiting = [ring.set_waiting(True) for ring in self._rings()]
-        idle = all(waiting)
-        for key, _ in self._selector.select(TICK_SECONDS if idle else 0.0):
+        """Nap after work, without being woken; else sleep until a producer writes, unless one already has."""
+        if self._worked:
+            pause = NAP_SECONDS
+        else:
+            waiting = [ring.set_waiting(True) for ring in self._rings()]
+            pause = TICK_SECONDS if all(waiting) else 0.0
+        self._worked = False
+        for key, _ in self._selector.select(pause):
             if key.fileobj is self._listener:
                 self._accept()
             else:
@@ -135,7 +148,10 @@ class ExporterProcess:
             data, fds = b"", []
         if fds:
             client.ring = Ring(fds[0])
-            client.role = json.loads(data.split(b"\n", 1)[0])["role"]
+            hello = json.loads(data.split(b"\n", 1)[0])
+            client.role = hello["role"]
+            client.cpus = frozenset(hello.get("cpus", ()) if client.role == "worker" else ())
+            self._keep_off()
         if not data:
             self._leave(fd)
 
@@ -147,6 +163,16 @@ class ExporterProcess:
         self._assembler.lost_source(fd)
         if client.ring is not None:
             client.ring.close()
+        self._keep_off()
+
+    def _keep_off(self) -> None:
+        """Leave the cores to which workers have bound their threads, if that leaves any.
+
+        A thread that waits for its core makes its whole team wait.
+        """
+        taken = frozenset[int]().union(*(client.cpus for client in self._clients.values()))
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._cpus - taken or self._cpus)
 
     def _drain(self) -> None:
         """Workers' records up to now, after everything the API processes had said before them."""
@@ -160,6 +186,7 @@ class ExporterProcess:
 
     def _read(self, fd: int, client: _Client, ring: Ring, until: int) -> None:
         while ring.head - ring.used < until and (frame := ring.read()) is not None:
+            self._worked = True
             with self._guard("reading a record"):
                 record = wire.decode(frame.kind, frame.meta)
                 if isinstance(record, FlushRecord):
@@ -227,6 +254,9 @@ def main() -> None:
     # A vLLM worker may have bound itself to some cores; its child need not stay there.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Does not preempt anybody by waking up.
+        os.nice(NICENESS)
     settings = config.load()
     process = ExporterProcess(Path(sys.argv[1]), load_exporters(settings, exporter_names()))
     process.learn(engine_infos(settings))

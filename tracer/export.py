@@ -46,6 +46,8 @@ LOG: Final = logging.getLogger("tensorspan")
 START_SECONDS: Final = 20.0
 """How long a process waits for the exporter at its own start; never waited while serving."""
 RETRY_SECONDS: Final = 1.0
+NAP_SHARE: Final = 4
+"""Above this part of the queue (a quarter) an exporter that naps is woken."""
 SWEEP_SECONDS: Final = 600.0
 """A lock this old and held by nobody is a dead server's; a younger one may be between two exporters."""
 
@@ -93,7 +95,10 @@ class Channel:
                 LOG.error("tensorspan: no exporter process at %s after %.0f s; traces are lost", path, timeout_s)
                 return False
             threading.Event().wait(0.05)
-        hello = json.dumps({"role": self.role, "pid": os.getpid()}).encode() + b"\n"
+        hello = (
+            json.dumps({"role": self.role, "pid": os.getpid(), "cpus": sorted(os.sched_getaffinity(0))}).encode()
+            + b"\n"
+        )
         socket.send_fds(conn, [hello], [self.ring.fd])
         conn.setblocking(False)
         self._socket = conn
@@ -117,11 +122,14 @@ class Channel:
         return written
 
     def _see_to_exporter(self) -> None:
-        """Wake it if it sleeps; look once a second whether it lives: one that died at work never said it slept."""
+        """Wake it if it sleeps, or naps while the queue fills; look once a second whether it lives.
+
+        An exporter that died at work never said that it slept.
+        """
         now = time.monotonic()
         if self._socket is None:
             self._reconnect_later()
-        elif self.ring.waiting or now >= self._probe_at:
+        elif self.ring.waiting or now >= self._probe_at or self.ring.used > self.ring.capacity // NAP_SHARE:
             self._probe_at = now + RETRY_SECONDS
             self._wake()
 

@@ -125,6 +125,8 @@ class EngineInfo:
     world_size: int = 1
     block_size: int = 0
     prefix_caching: bool = False
+    kernels: str = "torch"
+    """What computes attention rows and statistics: `torch`, or the C kernels (`native`)."""
     logits_unsupported: str | None = None
     """Why logits cannot be captured; None if they can."""
     attention_unsupported: str | None = None

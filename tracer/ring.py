@@ -28,6 +28,9 @@ ALIGN: Final = 64
 HEAD: Final = 0
 TAIL: Final = 8
 """Indices of 64-bit words, a cache line apart."""
+HOT_BYTES: Final = 1 << 24
+"""A ring that is empty starts again at its first byte once it has come this far: memory that was just used is still in
+the CPU's cache, and a ring whose consumer keeps up never touches (so never occupies) the rest of its capacity."""
 WAITING: Final = 16
 """Set by a consumer that is about to sleep: the producer should wake it."""
 
@@ -80,8 +83,10 @@ class Ring:
         need = _aligned(FRAME.size + len(meta) + payload_bytes)
         head = int(self._words[HEAD])
         offset = head % self.capacity
-        filler = self.capacity - offset if offset + need > self.capacity else 0
-        if self.used + filler + need > self.capacity:
+        used = self.used
+        restart = used == 0 and offset >= HOT_BYTES and need <= offset
+        filler = self.capacity - offset if restart or offset + need > self.capacity else 0
+        if used + filler + need > self.capacity:
             return False
         if filler:
             FRAME.pack_into(self._data, offset, SKIP, 0, 0)

@@ -32,7 +32,7 @@ from tracer.errors import CaptureRequestError, StoreError
 from tracer.export import Channel, engine_infos, process_channel
 from tracer.records import StepRecord
 from tracer.ring import Ring
-from tracer.worker.step import StepTracer
+from tracer.worker.native_maths import NativeMaths
 
 pytestmark = pytest.mark.engine
 
@@ -259,41 +259,43 @@ def test_a_queue_that_nobody_reads_costs_the_trace_and_nothing_else(llama_engine
     assert after.capture.complete
 
 
-@pytest.mark.parametrize("method", ["_keep", "_arrays"])
+@pytest.mark.parametrize("where", ["layer", "record"])
 def test_a_mistake_of_ours_costs_one_capture_and_no_answer(
-    method: str, llama_engine: Any, store: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, llama_engine: Any, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asks = [Ask(prompt(20, 1), WHOLE), Ask(prompt(10, 2), WHOLE)]
-    before = run(llama_engine, store, asks)
-    original = getattr(StepTracer, method)
+    alone = Ask(prompt(20, 1), WHOLE)
+    [before] = run(llama_engine, store, [alone])
+    attend = NativeMaths.attention
 
-    def broken(self: Any, first: Any, second: Any, *rest: Any) -> Any:
-        work, layer = (first, second) if method == "_keep" else (second, 1)
-        if work.row.prompt_tokens == 20 and layer == 1:
+    def broken_layer(self: Any, step: Any, layer: Any, works: Any, *rest: Any) -> Any:
+        if layer.info.index == 1:
             raise ValueError("a mistake")
-        return original(self, first, second, *rest)
+        return attend(self, step, layer, works, *rest)
 
-    monkeypatch.setattr(StepTracer, method, broken)
+    def broken_record(channel: Any, step: Any, work: Any, end_ns: int) -> None:
+        raise ValueError("a mistake")
+
+    if where == "layer":
+        monkeypatch.setattr(NativeMaths, "attention", broken_layer)
+    else:
+        monkeypatch.setattr("tracer.worker.step.send_step", broken_record)
     # Our tests make the guard strict: here it must do what it does in production.
     monkeypatch.setattr(Guard, "strict", False)
-    hit, spared = run(llama_engine, store, asks)
+    [hit] = run(llama_engine, store, [alone])
     monkeypatch.undo()
-    assert [hit.tokens, spared.tokens] == [answer.tokens for answer in before]
-    assert before[0].capture is not None
+    assert hit.tokens == before.tokens
+    assert before.capture is not None
     assert hit.capture is not None
     assert hit.capture.closed
     assert not hit.capture.complete
-    wanted = "layer 1: a mistake" if method == "_keep" else "not received"
+    wanted = "layer 1: a mistake" if where == "layer" else "not received"
     assert wanted in {entry["reason"] for entry in hit.capture.missing}
-    if method == "_keep":
+    if where == "layer":
         assert not hit.capture.attention, "a row with a layer missing is no row"
-        np.testing.assert_array_equal(np.asarray(hit.capture.logits), np.asarray(before[0].capture.logits))
-    assert before[1].capture is not None
-    assert spared.capture is not None
-    assert spared.capture.complete, spared.capture.missing
-    np.testing.assert_allclose(
-        np.asarray(spared.capture.attention[2]), np.asarray(before[1].capture.attention[2]), rtol=0, atol=1e-5
-    )
+        np.testing.assert_array_equal(np.asarray(hit.capture.logits), np.asarray(before.capture.logits))
+    [after] = run(llama_engine, store, [alone])
+    assert after.capture is not None
+    assert after.capture.complete, after.capture.missing
 
 
 SPECULATIVE = """

@@ -30,6 +30,7 @@ from tracer.worker.attention import LayerMath
 from tracer.worker.layers import Layer
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.step import StepTracer
+from tracer.worker.torch_maths import TorchMaths
 
 VOCAB, HIDDEN, CPU = 11, 6, torch.device("cpu")
 
@@ -175,7 +176,7 @@ class Engine:
         info = records.LayerInfo(0, "layer", 1, 1, 2, 1.0)
         layer = Layer(info, None, LayerMath(1.0), None)
         engine = records.EngineInfo("m", "0", "V2", "cpu", "float32", VOCAB, 64, layers=(info,))
-        self.tracer = StepTracer(self.channel, self.adapter, [layer], engine, 3)  # type: ignore[arg-type]
+        self.tracer = StepTracer(self.channel, self.adapter, [layer], engine, TorchMaths(3))  # type: ignore[arg-type]
         self.adapter.install(self.tracer)
 
     def run(self, output: SchedulerOutput, grammar: GrammarOutput | None = None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,7 @@ from tracer.export import Channel, process_channel, publish_engine
 from tracer.records import EngineInfo, LayerInfo
 from tracer.worker import compat
 from tracer.worker.layers import describe_layers
+from tracer.worker.maths import choose
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.step import StepTracer
@@ -48,7 +50,9 @@ def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
     layers = describe_layers(config.compilation_config.static_forward_context, _no_attention(config))
     info = _engine_info(worker, tuple(layer.info for layer in layers), None)
     adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
-    tracer = StepTracer(channel, adapter, layers, info, settings.topk)
+    maths = choose(layers, worker.device, max(2, min(settings.topk, info.vocab_size)))
+    info = replace(info, kernels=maths.name)
+    tracer = StepTracer(channel, adapter, layers, info, maths)
     adapter.install(tracer)
     for layer in layers:
         if layer.math is not None:

@@ -1,33 +1,35 @@
-"""Tensors as the payload of a record."""
+"""Arrays as the payload of a record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from numpy.typing import NDArray
 
 from tracer.records import ArraySlice
+from tracer.worker.work import Stored
 
 __all__ = ["DTYPES", "pack"]
 
 DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
 
 
-def pack(
-    arrays: Sequence[tuple[str, torch.Tensor, tuple[int, ...]]],
-) -> tuple[tuple[ArraySlice, ...], list[memoryview]]:
-    """Descriptions and bytes of tensors, laid out one after the other."""
+def pack(arrays: Sequence[Stored]) -> tuple[tuple[ArraySlice, ...], list[memoryview]]:
+    """Descriptions and bytes of arrays, laid out one after the other; NumPy arrays are not copied."""
     slices, payload = [], []
     offset = 0
-    for name, start, host in _on_host(arrays):
-        view = memoryview(host)
-        slices.append(ArraySlice(name, str(host.dtype), host.shape, offset, start))
-        payload.append(view)
-        offset += view.nbytes
+    for name, values, start in arrays:
+        host = _on_host(values)
+        slices.append(ArraySlice(name, host.dtype.name, host.shape, offset, start))
+        payload.append(host.data)
+        offset += host.nbytes
     return tuple(slices), payload
 
 
-def _on_host(arrays: Sequence[tuple[str, torch.Tensor, tuple[int, ...]]]) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    for name, tensor, start in arrays:
-        yield name, start, tensor.contiguous().cpu().numpy()
+def _on_host(values: NDArray[Any] | torch.Tensor) -> NDArray[Any]:
+    if isinstance(values, torch.Tensor):
+        host: NDArray[Any] = values.contiguous().cpu().numpy()
+        return host
+    return values

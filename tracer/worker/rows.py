@@ -11,7 +11,7 @@ from tracer.worker.attention import attention_last_rows, attention_rows
 from tracer.worker.batch import Row
 from tracer.worker.layers import Layer
 
-__all__ = ["last_row_weights", "past_keys", "row_weights", "worth_batching"]
+__all__ = ["last_row_weights", "past_keys", "require_causal", "row_weights", "worth_batching"]
 
 MAX_PADDING: Final = 2
 """How many times the keys that are needed a batch may read."""
@@ -23,7 +23,7 @@ def row_weights(layer: Layer, query: torch.Tensor, keys: torch.Tensor, positions
     return attention_rows(query, keys, positions, layer.math)
 
 
-def _require_causal(metadata: Any) -> None:
+def require_causal(metadata: Any) -> None:
     """Raise unless the step's metadata says plainly that every row sees only what came before it."""
     if getattr(metadata, "causal", True) is not True or getattr(metadata, "dynamic_causal", None) is not None:
         raise ValueError("the step's attention is not causal")
@@ -36,7 +36,7 @@ def past_keys(layer: Layer, row: Row, kv_cache: torch.Tensor, metadata: Any) -> 
     them before attention runs. Blocks that a sliding window has given back hold other keys; they are masked.
     """
     assert layer.keys is not None
-    _require_causal(metadata)
+    require_causal(metadata)
     length = row.position + 1
     count = -(-length // layer.keys.block_size)
     blocks = metadata.block_table[row.index, :count].to(torch.int64)
@@ -55,7 +55,7 @@ def last_row_weights(
     """Weights [heads, keys] of the last query row of each request, all requests at once."""
     assert layer.keys is not None
     assert layer.math is not None
-    _require_causal(metadata)
+    require_causal(metadata)
     device = kv_cache.device
     positions = torch.tensor([row.position for row in rows])
     count = -(-(int(positions.max()) + 1) // layer.keys.block_size)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tracer.records import AttentionSpec, LogitsSummary, TraceRequest
+from tracer.records import AttentionSpec, AttentionSummary, LogitsSummary, TraceRequest
 from tracer.statistics import RowStatistics
 from tracer.worker.batch import Row, StepView
 
-__all__ = ["Step", "Traced", "Work"]
+__all__ = ["Step", "Stored", "Traced", "Work"]
+
+Stored = tuple[str, NDArray[Any] | torch.Tensor, tuple[int, ...]]
+"""Name, values and start of an array to be stored, see `records.ArraySlice`."""
 
 
 @dataclass(slots=True)
@@ -30,6 +36,19 @@ class Traced:
     """Steps that have run and whose tokens are not known yet."""
     finished: bool = False
     """The scheduler has forgotten the request."""
+    layer_index: NDArray[np.int64] = field(init=False)
+    """`slots` in their order, for indexing."""
+    slot_index: NDArray[np.int64] = field(init=False)
+    head_index: NDArray[np.int64] = field(init=False)
+    heads_at: int = field(init=False)
+    """Address of `head_index`, for the C kernels."""
+
+    def __post_init__(self) -> None:
+        """Index arrays are made once: steps use them as they are."""
+        self.layer_index = np.fromiter(self.slots, np.int64, len(self.slots))
+        self.slot_index = np.fromiter(self.slots.values(), np.int64, len(self.slots))
+        self.head_index = np.array(self.heads, np.int64)
+        self.heads_at = self.head_index.__array_interface__["data"][0]
 
     @property
     def attention(self) -> AttentionSpec | None:
@@ -49,21 +68,32 @@ class Work:
     row: Row
     traced: Traced
     logits_row: int = -1
-    """Row of `Step.logits`; -1 if nothing is sampled."""
+    """Row among the step's sampled traced rows; -1 if nothing is sampled."""
     weights: torch.Tensor | None = None
-    """float32 [layers, heads, keys] of the last query row."""
-    features: torch.Tensor | None = None
-    """float32 [layers, heads, 4] of `weights`, see `attention.FEATURES`."""
+    """float32 [layers, heads, keys] of the last query row, where torch computes it."""
     token: int | None = None
     """What was sampled from the row."""
     logits: LogitsSummary | None = None
+    attention: AttentionSummary | None = None
+    arrays: list[Stored] = field(default_factory=list)
+    """What this row stores; filled once its token is known."""
     layers_seen: int = 0
-    """Layers that have put their row into `weights`."""
+    """Layers that have given this row its weights."""
+
+    @property
+    def wants_row(self) -> bool:
+        """True if the attention of the row's last query was asked for."""
+        return self.row.samples and bool(self.traced.slots)
 
     @property
     def wants_prompt(self) -> bool:
         """True if this step holds rows of the prompt's own map that were asked for."""
         return self.traced.all_rows and self.row.computed < self.row.prompt_tokens
+
+    @property
+    def has_row(self) -> bool:
+        """True if every layer that was asked for has been seen: a row with a layer missing is no row."""
+        return self.wants_row and self.layers_seen == len(self.traced.slots)
 
 
 @dataclass(slots=True)
@@ -74,5 +104,7 @@ class Step:
     view: StepView | None = None
     works: list[Work] = field(default_factory=list)
     logits: torch.Tensor | None = None
-    """float32 [sampled traced rows, vocab], a copy from before grammar, penalties and temperature."""
+    """[sampled traced rows, vocab], a copy from before grammar, penalties and temperature."""
     statistics: RowStatistics | None = None
+    buffers: Any = None
+    """What the step's `Maths` keeps for it."""

@@ -1,0 +1,54 @@
+"""A finished row of a step as a record, handed to the queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tracer.context import step_span_id
+from tracer.export import Channel
+from tracer.records import StepRecord
+from tracer.worker.pack import pack
+from tracer.worker.work import Step, Work
+
+__all__ = ["send_step"]
+
+
+def send_step(channel: Channel, step: Step, work: Work, end_ns: int) -> None:
+    """Hand the record over whole; without its arrays if the queue is full; else count it."""
+    traced, record = work.traced, _record(step, work, end_ns)
+    slots, payload = pack(work.arrays)
+    # Taken before sending: the next step's forward pass may add to the list meanwhile.
+    problems, traced.problems = traced.problems, []
+    if channel.send(replace(record, arrays=slots, dropped=tuple(problems)), payload):
+        return
+    problems += [f"{name}: queue full" for name, _, _ in work.arrays]
+    if work.arrays and channel.send(replace(record, dropped=tuple(problems))):
+        return
+    traced.lost += 1
+    traced.problems = [*problems, "step: queue full", *traced.problems]
+
+
+def _record(step: Step, work: Work, end_ns: int) -> StepRecord:
+    row, traced, view = work.row, work.traced, step.view
+    assert view is not None
+    return StepRecord(
+        trace_id=traced.request.trace_id,
+        span_id=traced.request.span_id,
+        step_span_id=step_span_id(traced.request.span_id, row.position, traced.attempt),
+        step=row.step,
+        phase="prefill" if row.is_prefill else "decode",
+        attempt=traced.attempt,
+        position=row.position,
+        tokens=row.tokens,
+        kv_len=row.position + 1,
+        start_ns=step.start_ns,
+        end_ns=end_ns,
+        sampled=traced.request.sampled,
+        batch_requests=len(view.rows),
+        batch_tokens=view.tokens,
+        cuda_graph=view.cuda_graph,
+        token_id=work.token,
+        logits=work.logits,
+        attention=work.attention,
+        capture=traced.request.capture is not None,
+    )

@@ -1,0 +1,475 @@
+/* Attention rows and logit statistics on CPUs: what tracer.worker.attention and tracer.statistics say in torch, in one
+ * pass over memory each. Built for this machine at the worker's start (tracer/worker/native.py) and checked there
+ * against the torch versions; float32 arithmetic throughout.
+ *
+ * Vectors are GCC's (also clang's) vector extension: 16 floats, lowered to what the CPU has. Threads are OpenMP's, so
+ * that the engine's own pool does the work: a second pool would fight it for the same cores. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(64), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(32), aligned(2)));
+
+enum { F32 = 0, BF16 = 1, F16 = 2 };
+
+/* -- element types --------------------------------------------------------------------------------------------- */
+
+INLINE float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+    union { uint32_t u; float f; } v;
+    if (magnitude >= 0x7c00) {
+        v.u = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+        return v.f;
+    }
+    v.u = magnitude << 13; /* subnormal halves come out right by the scaling */
+    v.f *= 0x1p112f;
+    v.u |= sign;
+    return v.f;
+#endif
+}
+
+INLINE uint16_t float_to_half(float f) { /* to nearest, ties to even; beyond 65,504 infinity */
+#if defined(__F16C__)
+    return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#else
+    union { float f; uint32_t u; } v = {f};
+    uint32_t sign = v.u >> 16 & 0x8000, magnitude = v.u & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) {
+        v.u = magnitude;
+        v.f += 0.5f; /* the addition rounds to the grid of subnormal halves */
+        return (uint16_t)(sign | (v.u - 0x3f000000));
+    }
+    return (uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13);
+#endif
+}
+
+INLINE float load_one(const void *p, int64_t i, int dtype) {
+    if (dtype == F32) return ((const float *)p)[i];
+    uint16_t h = ((const uint16_t *)p)[i];
+    if (dtype == F16) return half_to_float(h);
+    union { uint32_t u; float f; } v = {(uint32_t)h << 16};
+    return v.f;
+}
+
+INLINE vf load(const void *p, int64_t i, int dtype) {
+    if (dtype == F32) return *(const vf *)((const float *)p + i);
+    const uint16_t *h = (const uint16_t *)p + i;
+    if (dtype == BF16) return (vf)(__builtin_convertvector(*(const vh *)h, vu) << 16);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
+#else
+    vf out;
+    for (int j = 0; j < LANES; j++) out[j] = half_to_float(h[j]);
+    return out;
+#endif
+}
+
+INLINE void store(void *p, int64_t i, int dtype, vf v) { /* dtype: F32 or F16 */
+    if (dtype == F32) {
+        *(vf *)((float *)p + i) = v;
+        return;
+    }
+    uint16_t *h = (uint16_t *)p + i;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)h, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int j = 0; j < LANES; j++) h[j] = float_to_half(v[j]);
+#endif
+}
+
+INLINE void store_one(void *p, int64_t i, int dtype, float f) {
+    if (dtype == F32) ((float *)p)[i] = f;
+    else ((uint16_t *)p)[i] = float_to_half(f);
+}
+
+/* -- arithmetic ------------------------------------------------------------------------------------------------ */
+
+INLINE vf splat(float f) { return f - (vf){0}; }
+
+INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
+
+INLINE float sum(vf v) {
+    float out = 0;
+    for (int j = 0; j < LANES; j++) out += v[j];
+    return out;
+}
+
+INLINE float largest(vf v) {
+    float out = v[0];
+    for (int j = 1; j < LANES; j++) out = v[j] > out ? v[j] : out;
+    return out;
+}
+
+/* e^x for x <= 0, relative error about 1e-7: e^x = 2^n e^r with |r| <= log(2)/2 and a Taylor sum of degree 7. */
+INLINE vf vexp(vf x) {
+    vi tiny = x < -87.0f;
+    x = choose(tiny, splat(-87.0f), x);
+    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+    return choose(tiny, splat(0.0f), p * (vf)power);
+}
+
+/* -- attention rows -------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t dtype; /* of queries and keys */
+    int64_t heads, kv_heads, head_size, block_size;
+    int64_t block_stride, head_stride; /* of the cache, in elements */
+    int64_t first, per_token, per_dim; /* where key element (token, dim) lies in its block and head, if affine */
+    const int64_t *offsets;            /* [block_size, head_size], if it is not */
+    const float *slopes;               /* [heads], ALiBi; or NULL */
+    const float *sinks;                /* [heads]; or NULL */
+    int64_t window;                    /* visible keys, the query's own included; 0 without a window */
+    float scale, soft_cap;             /* soft_cap 0: none */
+} Layer;
+
+typedef struct {
+    int64_t query;       /* row of the query tensor */
+    int64_t table;       /* row of the block table */
+    int64_t position;    /* of the query: keys 0 ... position */
+    int64_t prompt;      /* prompt tokens */
+    const int64_t *heads; /* chosen query heads, ascending */
+    int64_t head_count;
+    int64_t dtype;       /* of the stored weights */
+} Row;
+
+enum { FEATURES = 4, TOPS = 2 };
+
+/* Scores of up to HEADS query heads against 16 * VECTORS tokens of one block; the keys' elements of one dim and
+ * successive tokens are adjacent. */
+INLINE void score_tile(const void *keys, int dtype, int64_t per_dim, const float *query, int64_t size, float *out,
+                       int64_t stride, int heads, int vectors) {
+    vf acc[4][4];
+    for (int h = 0; h < heads; h++)
+        for (int v = 0; v < vectors; v++) acc[h][v] = splat(0.0f);
+    for (int64_t d = 0; d < size; d++) {
+        for (int v = 0; v < vectors; v++) {
+            vf k = load(keys, d * per_dim + v * LANES, dtype);
+            for (int h = 0; h < heads; h++) acc[h][v] += k * query[h * size + d];
+        }
+    }
+    for (int h = 0; h < heads; h++)
+        for (int v = 0; v < vectors; v++) *(vf *)(out + h * stride + v * LANES) = acc[h][v];
+}
+
+#define TILE(DTYPE, HEADS, VECTORS) score_tile(keys, DTYPE, per_dim, query, size, out, stride, HEADS, VECTORS)
+#define BY_HEADS(DTYPE, VECTORS)                                                                                       \
+    switch (heads) {                                                                                                   \
+    case 1: TILE(DTYPE, 1, VECTORS); break;                                                                            \
+    case 2: TILE(DTYPE, 2, VECTORS); break;                                                                            \
+    case 3: TILE(DTYPE, 3, VECTORS); break;                                                                            \
+    default: TILE(DTYPE, 4, VECTORS);                                                                                  \
+    }
+#define BY_DTYPE(VECTORS)                                                                                              \
+    if (dtype == BF16) {                                                                                               \
+        BY_HEADS(BF16, VECTORS)                                                                                        \
+    } else if (dtype == F32) {                                                                                         \
+        BY_HEADS(F32, VECTORS)                                                                                         \
+    } else {                                                                                                           \
+        BY_HEADS(F16, VECTORS)                                                                                         \
+    }
+
+static void score_block(const char *keys, int dtype, int64_t per_dim, int64_t tokens, const float *query, int64_t size,
+                        float *out, int64_t stride, int heads) {
+    int64_t bytes = dtype == F32 ? 4 : 2;
+    while (tokens >= 4 * LANES) {
+        BY_DTYPE(4)
+        keys += 4 * LANES * bytes, out += 4 * LANES, tokens -= 4 * LANES;
+    }
+    while (tokens > 0) {
+        BY_DTYPE(1)
+        keys += LANES * bytes, out += LANES, tokens -= LANES;
+    }
+}
+
+/* One block's keys as float32 [head_size, block_size], from wherever the backend put them. */
+static void gather_block(const Layer *layer, const char *block, float *tile) {
+    int64_t size = layer->head_size, tokens = layer->block_size;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t d = 0; d < size; d++) {
+            int64_t at = layer->offsets ? layer->offsets[t * size + d]
+                                        : layer->first + t * layer->per_token + d * layer->per_dim;
+            tile[d * tokens + t] = load_one(block, at, (int)layer->dtype);
+        }
+}
+
+/* Scaled scores become what the softmax sees. */
+static void adjust(const Layer *layer, float *s, int64_t low, int64_t high, int64_t position, int64_t head) {
+    for (int64_t j = low; j < high; j++) s[j] *= layer->scale;
+    if (layer->soft_cap != 0.0f)
+        for (int64_t j = low; j < high; j++) s[j] = layer->soft_cap * tanhf(s[j] / layer->soft_cap);
+    if (layer->slopes)
+        for (int64_t j = low; j < high; j++) s[j] += layer->slopes[head] * (float)(j - position);
+}
+
+/* Softmax of s[low ... high), whose memory goes on for LANES more values; s becomes the weights.
+ * features: entropy, sink mass, prompt mass, self weight; tops: largest weight outside position 0, its position. */
+static void softmax_row(const Layer *layer, float *s, int64_t low, int64_t high, int64_t prompt, int64_t head,
+                        float *features, float *tops) {
+    for (int64_t j = high; j < high + LANES; j++) s[j] = -INFINITY; /* whole vectors from here on */
+    vf top = splat(-INFINITY);
+    for (int64_t j = low; j < high; j += LANES) top = larger(*(vf *)(s + j), top);
+    float most = largest(top), sink = layer->sinks ? layer->sinks[head] : -INFINITY;
+    most = sink > most ? sink : most;
+    vf total = splat(0.0f), moment = splat(0.0f);
+    for (int64_t j = low; j < high; j += LANES) {
+        vf y = *(vf *)(s + j) - most;
+        y = larger(y, splat(-1e4f));
+        vf e = vexp(y);
+        total += e, moment += e * y;
+        *(vf *)(s + j) = e;
+    }
+    float keys = sum(total), z = keys + (layer->sinks ? expf(sink - most) : 0.0f), norm = 1.0f / z;
+    for (int64_t j = low; j < high; j += LANES) *(vf *)(s + j) *= norm;
+    for (int64_t j = high; j < high + LANES; j++) s[j] = 0.0f;
+    float share = keys * norm, mass = 0.0f;
+    int64_t stop = prompt < high ? prompt : high, j = low;
+    vf part = splat(0.0f);
+    for (; j + LANES <= stop; j += LANES) part += *(vf *)(s + j);
+    for (mass = sum(part); j < stop; j++) mass += s[j];
+    features[0] = logf(z) * share - sum(moment) * norm;
+    features[1] = (low == 0 ? s[0] : 0.0f) + (1.0f - share > 0.0f ? 1.0f - share : 0.0f);
+    features[2] = mass;
+    features[3] = s[high - 1];
+    float first = s[0];
+    if (low == 0) s[0] = 0.0f;
+    vf best = splat(0.0f);
+    for (j = low; j < high; j += LANES) best = larger(*(vf *)(s + j), best);
+    tops[0] = largest(best), tops[1] = -1.0f;
+    for (j = low; j < high && tops[0] > 0.0f; j++)
+        if (s[j] == tops[0]) {
+            tops[1] = (float)j;
+            break;
+        }
+    if (low == 0) s[0] = first;
+}
+
+static void write_row(const float *s, int64_t low, int64_t high, void *out, int64_t at, int dtype) {
+    memset((char *)out + at * (dtype == F32 ? 4 : 2), 0, (size_t)low * (dtype == F32 ? 4 : 2));
+    int64_t j = low;
+    for (; j + LANES <= high; j += LANES) store(out, at + j, dtype, *(const vf *)(s + j));
+    for (; j < high; j++) store_one(out, at + j, dtype, s[j]);
+}
+
+/* All chosen query heads of one KV head of one row. scratch: 4 score rows of `stride`, 4 queries, one gathered block. */
+static void attend_group(const Layer *layer, const Row *row, int64_t group, const void *query, int64_t query_row,
+                         int64_t query_head, const char *cache, const int32_t *table, char *out, float *features,
+                         float *tops, float *scratch, int64_t stride) {
+    int64_t size = layer->head_size, per_group = layer->heads / layer->kv_heads, high = row->position + 1;
+    int64_t low = layer->window && high > layer->window ? high - layer->window : 0;
+    int64_t bytes = layer->dtype == F32 ? 4 : 2, adjacent = !layer->offsets && layer->per_token == 1;
+    float *queries = scratch + 4 * stride, *tile = queries + 4 * size;
+    int64_t slots[4];
+    for (int64_t at = 0; at < row->head_count;) {
+        int count = 0;
+        for (; at < row->head_count && count < 4; at++) {
+            int64_t head = row->heads[at];
+            if (head / per_group != group || head >= layer->heads) continue;
+            for (int64_t d = 0; d < size; d++)
+                queries[count * size + d] =
+                    load_one(query, row->query * query_row + head * query_head + d, (int)layer->dtype);
+            slots[count++] = at;
+        }
+        if (!count) continue;
+        for (int64_t b = low / layer->block_size; b * layer->block_size < high; b++) {
+            const char *block = cache + ((int64_t)table[b] * layer->block_stride + group * layer->head_stride) * bytes;
+            int64_t start = b * layer->block_size, left = high - start;
+            int64_t tokens = left < layer->block_size ? (left + LANES - 1) / LANES * LANES : layer->block_size;
+            if (adjacent) {
+                score_block(block + layer->first * bytes, (int)layer->dtype, layer->per_dim, tokens, queries, size,
+                            scratch + start, stride, count);
+            } else {
+                gather_block(layer, block, tile);
+                score_block((char *)tile, F32, layer->block_size, tokens, queries, size, scratch + start, stride, count);
+            }
+        }
+        for (int h = 0; h < count; h++) {
+            float *s = scratch + h * stride;
+            int64_t head = row->heads[slots[h]];
+            adjust(layer, s, low, high, row->position, head);
+            softmax_row(layer, s, low, high, row->prompt, head, features + slots[h] * FEATURES, tops + slots[h] * TOPS);
+            if (out) write_row(s, low, high, out, slots[h] * high, (int)row->dtype);
+        }
+    }
+}
+
+/* Heads that this layer does not have: no row, so zeros and NaN. */
+static void blank_heads(const Layer *layer, const Row *row, char *out, float *features, float *tops) {
+    int64_t keys = row->position + 1, bytes = row->dtype == F32 ? 4 : 2;
+    for (int64_t at = 0; at < row->head_count; at++) {
+        if (row->heads[at] < layer->heads) continue;
+        for (int f = 0; f < FEATURES; f++) features[at * FEATURES + f] = NAN;
+        tops[at * TOPS] = 0.0f, tops[at * TOPS + 1] = -1.0f;
+        if (out) memset(out + at * keys * bytes, 0, (size_t)(keys * bytes));
+    }
+}
+
+/* Floats of scratch that one thread needs. */
+int64_t scratch_floats(int64_t stride, int64_t head_size, int64_t block_size) {
+    return 4 * stride + (4 + block_size) * head_size;
+}
+
+int64_t threads(void) {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+/* Weights and features of one layer for every row that wants it.
+ *
+ * outs, features, tops: [rows] addresses of this layer's [heads, keys], [heads, 4] and [heads, 2]; features 0: the row
+ * does not want the layer; outs 0: features alone. table: int32, `table_stride` entries a row. scratch: for each
+ * thread `scratch_floats(stride, ...)`, with stride at least the longest row + block_size + 16. */
+void attend(const Layer *layer, const Row *rows, int64_t count, const uint64_t *outs, const uint64_t *features,
+            const uint64_t *tops, const void *query, int64_t query_row, int64_t query_head, const void *cache,
+            const int32_t *table, int64_t table_stride, float *scratch, int64_t stride) {
+    int64_t tasks = count * layer->kv_heads, each = scratch_floats(stride, layer->head_size, layer->block_size);
+#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t which = task / layer->kv_heads, group = task % layer->kv_heads, thread = 0;
+        const Row *row = rows + which;
+        if (!features[which]) continue;
+#if defined(_OPENMP)
+        thread = omp_get_thread_num();
+#endif
+        char *out = (char *)(uintptr_t)outs[which];
+        float *feature = (float *)(uintptr_t)features[which], *top = (float *)(uintptr_t)tops[which];
+        if (group == 0) blank_heads(layer, row, out, feature, top);
+        attend_group(layer, row, group, query, query_row, query_head, cache, table + row->table * table_stride, out,
+                     feature, top, scratch + thread * each, stride);
+    }
+}
+
+/* Means over layers and heads of [count, 4] features, without NaN, and the largest of [count, 2] tops.
+ * out: entropy, sink mass, prompt mass, self weight, top weight, top position, index of the top in [count]. */
+void summarise(const float *features, const float *tops, int64_t count, double *out) {
+    int64_t seen = 0, best = -1;
+    for (int f = 0; f < FEATURES; f++) out[f] = 0.0;
+    for (int64_t i = 0; i < count; i++) {
+        if (isnan(features[i * FEATURES])) continue;
+        for (int f = 0; f < FEATURES; f++) out[f] += features[i * FEATURES + f];
+        seen++;
+        if (tops[i * TOPS + 1] >= 0.0f && (best < 0 || tops[i * TOPS] > tops[best * TOPS])) best = i;
+    }
+    for (int f = 0; f < FEATURES; f++) out[f] = seen ? out[f] / (double)seen : NAN;
+    out[4] = best < 0 ? 0.0 : tops[best * TOPS];
+    out[5] = best < 0 ? -1.0 : tops[best * TOPS + 1];
+    out[6] = (double)best;
+}
+
+/* -- logits ---------------------------------------------------------------------------------------------------- */
+
+enum { NUMBERS = 3 };
+
+/* Keeps the `k` largest in descending order, the first of equals first. */
+static void insert(float *best, int32_t *ids, int64_t k, float z, int32_t id) {
+    if (!(z > best[k - 1])) return;
+    int64_t at = k - 1;
+    for (; at > 0 && z > best[at - 1]; at--) best[at] = best[at - 1], ids[at] = ids[at - 1];
+    best[at] = z, ids[at] = id;
+}
+
+static void top_logits(const void *z, int dtype, int64_t vocab, int64_t k, float *best, int32_t *ids) {
+    for (int64_t i = 0; i < k; i++) best[i] = -INFINITY, ids[i] = (int32_t)i;
+    int64_t i = 0;
+    for (; i + LANES <= vocab; i += LANES) {
+        vf v = load(z, i, dtype);
+        vi above = v > best[k - 1];
+        int any = 0;
+        for (int j = 0; j < LANES; j++) any |= above[j];
+        if (any)
+            for (int j = 0; j < LANES; j++) insert(best, ids, k, v[j], (int32_t)(i + j));
+    }
+    for (; i < vocab; i++) insert(best, ids, k, load_one(z, i, dtype), (int32_t)i);
+}
+
+/* One row: logsumexp, entropy and varentropy; the row itself to `copy` (dtype F32 or F16) if that is not NULL. */
+static void one_row(const void *z, int dtype, int64_t vocab, float most, float *numbers, void *copy, int copy_dtype) {
+    double total = 0.0, first = 0.0, second = 0.0;
+    for (int64_t start = 0; start < vocab; start += 1024) { /* short float sums, added up in double */
+        int64_t stop = start + 1024 < vocab ? start + 1024 : vocab, i = start;
+        vf t = splat(0.0f), f = splat(0.0f), s = splat(0.0f);
+        for (; i + LANES <= stop; i += LANES) {
+            vf v = load(z, i, dtype);
+            if (copy) store(copy, i, copy_dtype, v);
+            vf y = larger(v - most, splat(-1e4f)), p = vexp(y);
+            t += p, f += p * y, s += p * y * y;
+        }
+        total += sum(t), first += sum(f), second += sum(s);
+        for (; i < stop; i++) {
+            float v = load_one(z, i, dtype), y = v - most > -1e4f ? v - most : -1e4f, p = expf(y);
+            if (copy) store_one(copy, i, copy_dtype, v);
+            total += p, first += p * y, second += p * y * y;
+        }
+    }
+    first /= total, second /= total;
+    double spread = second - first * first;
+    numbers[0] = most + (float)log(total);
+    numbers[1] = (float)(log(total) - first);
+    numbers[2] = (float)(spread > 0.0 ? spread : 0.0);
+}
+
+/* Statistics of raw logits [rows, vocab], `stride` elements from row to row.
+ * numbers: [rows, 3] logsumexp, entropy, varentropy; best, ids: [rows, k]; copies: [rows] addresses or 0. */
+void logits(const char *z, int64_t dtype, int64_t rows, int64_t vocab, int64_t stride, int64_t k, float *numbers,
+            float *best, int32_t *ids, const uint64_t *copies, const int64_t *copy_dtypes) {
+    int64_t bytes = dtype == F32 ? 4 : 2;
+#pragma omp parallel for schedule(dynamic, 1) if (rows > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const char *row = z + r * stride * bytes;
+        void *copy = (void *)(uintptr_t)copies[r];
+        int type = (int)dtype;
+        top_logits(row, type, vocab, k, best + r * k, ids + r * k);
+        one_row(row, type, vocab, best[r * k], numbers + r * NUMBERS, copy, (int)copy_dtypes[r]);
+    }
+}
+
+/* Logit of `token` in each row, and how many tokens have a larger one; a token below 0 gives NaN and -1. */
+void ranks(const char *z, int64_t dtype, int64_t rows, int64_t vocab, int64_t stride, const int64_t *tokens,
+           float *picked, int64_t *larger_than) {
+    int64_t bytes = dtype == F32 ? 4 : 2;
+    for (int64_t r = 0; r < rows; r++) {
+        const char *row = z + r * stride * bytes;
+        picked[r] = NAN, larger_than[r] = -1;
+        if (tokens[r] < 0 || tokens[r] >= vocab) continue;
+        float mine = load_one(row, tokens[r], (int)dtype);
+        vi count = {0};
+        int64_t i = 0, more = 0;
+        for (; i + LANES <= vocab; i += LANES) count -= load(row, i, (int)dtype) > mine;
+        for (; i < vocab; i++) more += load_one(row, i, (int)dtype) > mine;
+        for (int j = 0; j < LANES; j++) more += count[j];
+        picked[r] = mine, larger_than[r] = more;
+    }
+}

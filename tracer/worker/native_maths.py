@@ -1,0 +1,352 @@
+"""A step's numbers through the C kernels: the whole step in a few calls, into memory that is used again.
+
+The weights are written once, in the precision they are stored in, and copied once, into the queue.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tracer.records import AttentionSummary, LogitsSummary
+from tracer.worker.attention import FEATURES, attention_last_rows
+from tracer.worker.layers import Layer
+from tracer.worker.native import NativeError
+from tracer.worker.native_layer import CODES, NativeLayer, address_of, addresses_of
+from tracer.worker.rows import require_causal
+from tracer.worker.work import Step, Work
+
+__all__ = ["NativeMaths"]
+
+STORED: Final[dict[str, tuple[int, Any]]] = {"f32": (0, np.dtype(np.float32)), "f16": (2, np.dtype(np.float16))}
+ALIGN: Final = 64
+FLOAT: Final = np.dtype(np.float32)
+STRIDE: Final = 1024
+"""Score rows grow by this many keys, so that a growing context does not ask for memory at every step."""
+SEEN: Final = 7
+"""Numbers that the kernel's `summarise` gives."""
+TOLERANCE: Final = 1e-5
+CHECKED_LENGTHS: Final = (1, 33, 70)
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Where each row's results of this step go, as the kernel wants to know it."""
+
+    places: dict[int, int]
+    """`id` of a work → its place among the rows."""
+    rows: NDArray[np.int64]
+    """[rows, 7]: `Row` of kernels.c."""
+    addresses: NDArray[np.int64]
+    """[3, layers, rows]: where each layer's weights, features and tops go; 0 for what is not wanted."""
+    arrays: list[tuple[Any, ...]]
+    """Weights (None if only summaries are wanted), features and tops of each row."""
+    longest: int
+    at: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Addresses of `rows` and of the three parts of `addresses`."""
+
+    def __post_init__(self) -> None:
+        """Asking NumPy for an address costs a microsecond: once a step is enough, not once a layer."""
+        base = address_of(self.addresses)
+        part = self.addresses.strides[0]
+        self.at = (address_of(self.rows), base, base + part, base + 2 * part)
+
+
+@dataclass(slots=True)
+class _LogitsPlan:
+    """Results of the sampled rows."""
+
+    numbers: NDArray[np.float32]
+    """[rows, 3]: logsumexp, entropy, varentropy."""
+    best: NDArray[np.float32]
+    """[rows, k], descending."""
+    ids: NDArray[np.int32]
+    copies: list[NDArray[Any] | None]
+    """What is stored of each row, if all of it is."""
+
+
+@dataclass(slots=True)
+class _Buffers:
+    """Memory of one step; goes back to the pool when the step has been sent."""
+
+    rows: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
+    logits: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
+    plan: _Plan | None = None
+    logits_plan: _LogitsPlan | None = None
+
+
+class NativeMaths:
+    """See `maths.Maths`. Raises NativeError if a layer's cache cannot be read or the kernels disagree with torch."""
+
+    name = "native"
+
+    def __init__(self, library: ctypes.PyDLL, layers: Sequence[Layer], topk: int) -> None:
+        self._library: Any = library
+        self._topk = topk
+        self._layers = {layer.info.index: NativeLayer.of(layer) for layer in layers if layer.math is not None}
+        self._count = max(self._layers, default=-1) + 1
+        self._threads = int(library.threads())
+        self._scratch = np.empty(0, np.float32)
+        self._scratch_at = self._per_thread = self._stride = 0
+        self._pool: list[_Buffers] = []
+        for layer in layers:
+            if layer.math is not None:
+                self._check(layer)
+
+    # -- attention ---------------------------------------------------------------------------------------------
+
+    def attention(
+        self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> None:
+        """See `maths.Maths`."""
+        require_causal(metadata)
+        buffers = self._buffers(step)
+        if buffers.plan is None:
+            buffers.plan = self._plan(step, buffers)
+        self._attend(layer, buffers.plan, query, cache, metadata.block_table)
+        for work in works:
+            work.layers_seen += 1
+
+    def _attend(self, layer: Layer, plan: _Plan, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor) -> None:
+        native = self._layers[layer.info.index]
+        native.check(query, cache, table)
+        self._make_room(plan.longest, native)
+        rows, outs, features, tops = plan.at
+        count = len(plan.rows)
+        skip = layer.info.index * count * 8
+        stride, head_stride, _ = query.stride()
+        self._library.attend(
+            native.address, rows, count, outs + skip, features + skip, tops + skip, query.data_ptr(), stride,
+            head_stride, cache.data_ptr(), table.data_ptr(), table.stride(0), self._scratch_at, self._stride,
+        )  # fmt: skip
+
+    def _make_room(self, longest: int, native: NativeLayer) -> None:
+        if longest + native.margin <= self._stride and native.floats <= self._per_thread:
+            return
+        self._stride = max(self._stride, -(-(longest + native.margin) // STRIDE) * STRIDE)
+        for known in self._layers.values():
+            struct = known.struct
+            known.floats = self._library.scratch_floats(self._stride, struct.head_size, struct.block_size)
+        self._per_thread = max(known.floats for known in self._layers.values())
+        self._scratch = np.empty(self._threads * self._per_thread, np.float32)
+        self._scratch_at = address_of(self._scratch)
+
+    def _plan(self, step: Step, buffers: _Buffers) -> _Plan:
+        works = [work for work in step.works if work.wants_row]
+        sizes = [_row_bytes(work) for work in works]
+        buffers.rows = _at_least(buffers.rows, sum(map(sum, sizes)))
+        base, at = address_of(buffers.rows), 0
+        addresses = np.zeros((3, self._count, len(works)), np.int64)
+        facts, arrays = [], []
+        for place, (work, size) in enumerate(zip(works, sizes, strict=True)):
+            row, traced, spec = work.row, work.traced, work.traced.attention
+            code, dtype = STORED[spec.dtype if spec is not None else "f32"]
+            layers, heads, keys = len(traced.slots), len(traced.heads), row.position + 1
+            last = row.first + row.tokens - 1
+            facts.append((last, row.index, row.position, row.prompt_tokens, traced.heads_at, heads, code))
+            shapes = (
+                (dtype, (layers, heads, keys)),
+                (FLOAT, (layers, heads, len(FEATURES))),
+                (FLOAT, (layers, heads, 2)),
+            )
+            parts: list[Any] = []
+            for kind, ((item, shape), room) in enumerate(zip(shapes, size, strict=True)):
+                parts.append(_carve(buffers.rows, at, item, shape) if room else None)
+                if room:
+                    each = shape[1] * shape[2] * item.itemsize
+                    addresses[kind, traced.layer_index, place] = base + at + each * traced.slot_index
+                at += room
+            arrays.append(tuple(parts))
+        places = {id(work): place for place, work in enumerate(works)}
+        longest = max((work.row.position + 1 for work in works), default=0)
+        return _Plan(places, np.array(facts, np.int64).reshape(-1, 7), addresses, arrays, longest)
+
+    # -- logits ------------------------------------------------------------------------------------------------
+
+    def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
+        """See `maths.Maths`: the copy keeps the engine's own precision."""
+        if logits.dtype not in CODES:
+            raise TypeError(f"logits of type {logits.dtype}")
+        buffers, count, vocab = self._buffers(step), len(sampling), logits.shape[1]
+        raw = count * vocab * logits.element_size()
+        kept = [_kept_dtype(work) for work in sampling]
+        sizes = [0 if dtype is None else _aligned(vocab * dtype[1].itemsize) for dtype in kept]
+        buffers.logits = _at_least(buffers.logits, _aligned(raw) + sum(sizes))
+        copy = torch.from_numpy(buffers.logits[:raw]).view(logits.dtype).view(count, vocab)
+        torch.index_select(logits, 0, torch.tensor([work.row.index for work in sampling]), out=copy)
+        step.logits = copy
+        at, copies = _aligned(raw), []
+        for dtype, size in zip(kept, sizes, strict=True):
+            copies.append(None if dtype is None else _carve(buffers.logits, at, dtype[1], (vocab,)))
+            at += size
+        plan = _LogitsPlan(
+            np.empty((count, 3), np.float32), np.empty((count, self._topk), np.float32),
+            np.empty((count, self._topk), np.int32), copies,
+        )  # fmt: skip
+        buffers.logits_plan = plan
+        addresses = np.array([0 if item is None else address_of(item) for item in copies], np.int64)
+        codes = np.array([0 if dtype is None else dtype[0] for dtype in kept], np.int64)
+        self._library.logits(
+            copy.data_ptr(), CODES[copy.dtype], count, vocab, vocab, self._topk,
+            *addresses_of(plan.numbers, plan.best, plan.ids, addresses, codes),
+        )  # fmt: skip
+
+    # -- when tokens are known ---------------------------------------------------------------------------------
+
+    def finish(self, step: Step) -> None:
+        """See `maths.Maths`."""
+        buffers = step.buffers
+        if buffers is None:
+            return
+        if buffers.logits_plan is not None:
+            self._finish_logits(step, buffers.logits_plan)
+        if buffers.plan is not None:
+            for work in step.works:
+                if work.has_row:
+                    self._finish_attention(work, buffers.plan)
+
+    def _finish_logits(self, step: Step, plan: _LogitsPlan) -> None:
+        works = [work for work in step.works if work.logits_row >= 0]
+        logits = step.logits
+        assert logits is not None
+        tokens = np.array([-1 if work.token is None else work.token for work in works], np.int64)
+        picked, larger = np.empty(len(works), np.float32), np.empty(len(works), np.int64)
+        self._library.ranks(
+            logits.data_ptr(), CODES[logits.dtype], len(works), logits.shape[1], logits.shape[1],
+            *addresses_of(tokens, picked, larger),
+        )  # fmt: skip
+        logprobs = (picked - plan.numbers[:, 0]).tolist()
+        best = (plan.best - plan.numbers[:, :1]).tolist()
+        ids, numbers, ranks = plan.ids.tolist(), plan.numbers.tolist(), larger.tolist()
+        for place, work in enumerate(works):
+            _, entropy, varentropy = numbers[place]
+            if work.token is not None:
+                top = best[place]
+                work.logits = LogitsSummary(
+                    entropy, varentropy, top[0] - top[1], logprobs[place], ranks[place], tuple(ids[place]), tuple(top)
+                )
+            copy = plan.copies[place]
+            if copy is not None:
+                work.arrays.append(("logits", copy, (0,)))
+            else:
+                _add_top(work, logits[place])
+
+    def _finish_attention(self, work: Work, plan: _Plan) -> None:
+        weights, features, tops = plan.arrays[plan.places[id(work)]]
+        seen = np.empty(SEEN, np.float64)
+        count = features.shape[0] * features.shape[1]
+        self._library.summarise(address_of(features), address_of(tops), count, address_of(seen))
+        entropy, sink, prompt, own, best, position, index = seen.tolist()
+        layer, head = divmod(int(index), features.shape[1])
+        traced = work.traced
+        known = index >= 0
+        work.attention = AttentionSummary(
+            entropy, sink, prompt, own, int(position), best,
+            int(traced.layer_index[layer]) if known else -1, traced.heads[head] if known else -1,
+        )  # fmt: skip
+        if weights is not None:
+            work.arrays.append(("attention", weights, (0, 0, 0)))
+        work.arrays.append(("attention_summary", features, (0, 0, 0)))
+
+    def release(self, step: Step) -> None:
+        """See `maths.Maths`."""
+        buffers, step.buffers, step.logits = step.buffers, None, None
+        if buffers is not None:
+            buffers.plan = buffers.logits_plan = None
+            self._pool.append(buffers)
+
+    def _buffers(self, step: Step) -> _Buffers:
+        if step.buffers is None:
+            step.buffers = self._pool.pop() if self._pool else _Buffers()
+        buffers: _Buffers = step.buffers
+        return buffers
+
+    # -- the check at start ------------------------------------------------------------------------------------
+
+    def _check(self, layer: Layer) -> None:
+        """Rows of several lengths over a cache of random numbers must be torch's; raises NativeError."""
+        assert layer.math is not None
+        assert layer.keys is not None
+        native, info = self._layers[layer.info.index], layer.info
+        generator = torch.Generator().manual_seed(3)
+        real = layer.module.kv_cache
+        blocks = -(-max(CHECKED_LENGTHS) // native.struct.block_size)
+        cache = torch.empty_strided((blocks, *real.shape[1:]), real.stride(), dtype=real.dtype)
+        cache.copy_(torch.randn(cache.shape, generator=generator))
+        count, positions = len(CHECKED_LENGTHS), torch.tensor(CHECKED_LENGTHS) - 1
+        query = torch.randn((count, info.num_heads, info.head_size), generator=generator).to(real.dtype)
+        table = torch.randperm(blocks, generator=generator).to(torch.int32).expand(count, -1).contiguous()
+        keys = layer.keys.read(cache, table.flatten().to(torch.int64))
+        wanted = attention_last_rows(query, keys.view(keys.shape[0], count, -1, keys.shape[2]), positions, layer.math)
+        got = self._rows_of(layer, query, cache, table, CHECKED_LENGTHS)
+        for place, length in enumerate(CHECKED_LENGTHS):
+            error = float((torch.from_numpy(got[place]) - wanted[:, place, :length]).abs().max())
+            if not error <= TOLERANCE:
+                raise NativeError(f"layer {info.name}: the C kernels differ from torch by {error:.1e}")
+
+    def _rows_of(
+        self, layer: Layer, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        """float32 [heads, keys] of each row; outside any step."""
+        heads, count = np.arange(layer.info.num_heads), len(lengths)
+        out = [np.empty((len(heads), length), np.float32) for length in lengths]
+        extra = [np.empty((len(heads), 4), np.float32) for _ in range(2 * count)]
+        rows = np.array(
+            [(i, i, length - 1, length, address_of(heads), len(heads), 0) for i, length in enumerate(lengths)], np.int64
+        )
+        places = np.zeros((3, layer.info.index + 1, count), np.int64)
+        places[:, -1] = np.array([address_of(item) for item in (*out, *extra)]).reshape(3, count)
+        plan = _Plan({}, rows, places, [], max(lengths))
+        self._attend(layer, plan, query, cache, table)
+        return out
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def _at_least(buffer: Bytes, size: int) -> Bytes:
+    """`buffer`, or a larger one with room for some growth."""
+    return buffer if len(buffer) >= size else np.empty(size + size // 4, np.uint8)
+
+
+def _carve(buffer: Bytes, at: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array of that shape inside `buffer`."""
+    return np.ndarray(shape, dtype, buffer, at)
+
+
+def _row_bytes(work: Work) -> tuple[int, int, int]:
+    """Aligned bytes of a row's weights, features and tops."""
+    traced = work.traced
+    cells = len(traced.slots) * len(traced.heads)
+    weights = 0
+    if traced.attention is not None:
+        weights = cells * (work.row.position + 1) * int(STORED[traced.attention.dtype][1].itemsize)
+    return _aligned(weights), _aligned(cells * len(FEATURES) * 4), _aligned(cells * 2 * 4)
+
+
+def _kept_dtype(work: Work) -> tuple[int, Any] | None:
+    """Type in which the whole row is stored; None if it is not."""
+    capture = work.traced.request.capture
+    if capture is None or capture.logits is None or capture.logits.top is not None:
+        return None
+    return STORED[capture.logits.dtype]
+
+
+def _add_top(work: Work, row: torch.Tensor) -> None:
+    """The K best of a row [vocab], if the request stores those."""
+    capture = work.traced.request.capture
+    if capture is None or capture.logits is None or capture.logits.top is None:
+        return
+    values, ids = torch.topk(row.float(), capture.logits.top)
+    dtype = STORED[capture.logits.dtype][1]
+    work.arrays.append(("logits_topk", values.numpy().astype(dtype), (0,)))
+    work.arrays.append(("logits_topk_id", ids.numpy().astype(np.int32), (0,)))
