@@ -34,7 +34,7 @@ from tracer.context import (
     to_extra_args,
 )
 from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError
-from tracer.records import AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, TraceRequest
+from tracer.records import AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, QKSpec, TraceRequest
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -75,6 +75,8 @@ specs = st.builds(
         ("  summary\t,  logits=?0;top=3 ", CaptureSpec(summary=True)),
         ("logits;dtype=f32, logits;top=2", CaptureSpec(LogitsSpec(2))),  # RFC 9651: the last of equal keys wins.
         ("logits=?1, qk=?0", CaptureSpec(LogitsSpec())),
+        ("qk", CaptureSpec(qk=QKSpec())),
+        ("qk=(2 1);rows=all;dtype=f32", CaptureSpec(qk=QKSpec((1, 2), "all", "f32"))),
         ("logits=?0, attention=?0, summary=?0", None),
         ("", None),
         (" \t", None),
@@ -87,8 +89,10 @@ def test_grammar_accepts(text: str, spec: CaptureSpec | None) -> None:
 @pytest.mark.parametrize(
     ("text", "member", "allowed"),
     [
-        ("logit", "logit", "logits, attention, summary"),
-        ("qk", "qk", "logits, attention, summary"),
+        ("logit", "logit", "logits, attention, qk, summary"),
+        ("qk=1", "qk", "inner list"),
+        ("qk;heads=1", "qk", "rows, dtype"),
+        ("qk=()", "qk", "at least one layer"),
         ("logits=5", "logits", "?0 (off)"),
         ("logits=(1 2)", "logits", "?0 (off)"),
         ("summary;top=1", "summary", "no parameters"),
@@ -105,10 +109,10 @@ def test_grammar_accepts(text: str, spec: CaptureSpec | None) -> None:
         ('attention;heads="3-1"', "attention", 'heads="0-3,7"'),
         ('attention;heads="0-1024"', "attention", 'heads="0-3,7"'),
         ('attention;heads=""', "attention", 'heads="0-3,7"'),
-        ("attention;layers=(0 5)", "", "logits, attention, summary"),
-        ("logits,", "", "logits, attention, summary"),
-        ("logits;top=2é", "", "logits, attention, summary"),
-        ("logits=@99999999999999", "", "logits, attention, summary"),
+        ("attention;layers=(0 5)", "", "logits, attention, qk, summary"),
+        ("logits,", "", "logits, attention, qk, summary"),
+        ("logits;top=2é", "", "logits, attention, qk, summary"),
+        ("logits=@99999999999999", "", "logits, attention, qk, summary"),
         ("logits, " * 600, "", "at most 4096"),
     ],
 )

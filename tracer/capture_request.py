@@ -1,8 +1,8 @@
 """The grammar of `Trace-Capture`: text to `CaptureSpec`, back again, and against what the engine has.
 
-The text is an RFC 9651 Dictionary with the members `logits`, `attention` and `summary`, the same in the header, in the
-request field `vllm_xargs.trace_capture` and offline. A member that is not understood is refused, never ignored: an
-answer without the tensors that were asked for cannot be generated a second time.
+The text is an RFC 9651 Dictionary with the members `logits`, `attention`, `qk` and `summary`, the same in the header,
+in the request field `vllm_xargs.trace_capture` and offline. A member that is not understood is refused, never ignored:
+an answer without the tensors that were asked for cannot be generated a second time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, Final, NoReturn, cast
 
 from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError
-from tracer.records import ArrayDtype, AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec
+from tracer.records import ArrayDtype, AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, QKSpec
 
 __all__ = ["MAX_TEXT", "check_capture", "format_capture", "parse_capture"]
 
@@ -24,9 +24,18 @@ MAX_INDEX: Final = 1023
 UNAVAILABLE: Final = "unavailable:"
 """Starts a reason that is ours (a failed self-test, an unsupported set-up) and not the model's."""
 
-_PARAMETERS: Final = {"logits": ("top", "dtype"), "attention": ("heads", "rows", "dtype"), "summary": (), "qk": ()}
-_MEMBERS: Final = "logits, attention, summary"
-_EXAMPLES: Final = {"logits": "logits;top=256", "attention": 'attention=(0 14);heads="0-3,7";rows=all'}
+_PARAMETERS: Final = {
+    "logits": ("top", "dtype"),
+    "attention": ("heads", "rows", "dtype"),
+    "summary": (),
+    "qk": ("rows", "dtype"),
+}
+_MEMBERS: Final = "logits, attention, qk, summary"
+_EXAMPLES: Final = {
+    "logits": "logits;top=256",
+    "attention": 'attention=(0 14);heads="0-3,7";rows=all',
+    "qk": "qk=(0 14);rows=all",
+}
 _RANGE: Final = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
 
@@ -44,6 +53,7 @@ def parse_capture(text: str) -> CaptureSpec | None:
         logits=_logits(on["logits"][1]) if "logits" in on else None,
         attention=_attention(*on["attention"]) if "attention" in on else None,
         summary="summary" in on,
+        qk=_qk(*on["qk"]) if "qk" in on else None,
     )
     return None if spec == CaptureSpec() else spec
 
@@ -55,10 +65,13 @@ def format_capture(spec: CaptureSpec) -> str:
         top = "" if logits.top is None else f";top={logits.top}"
         members.append(f"logits{top}{_format_dtype(logits.dtype)}")
     if (attention := spec.attention) is not None:
-        layers = "" if attention.layers is None else f"=({' '.join(map(str, attention.layers))})"
+        layers = _format_layers(attention.layers)
         heads = "" if attention.heads is None else f';heads="{_ranges(attention.heads)}"'
         rows = ";rows=all" if attention.rows == "all" else ""
         members.append(f"attention{layers}{heads}{rows}{_format_dtype(attention.dtype)}")
+    if (qk := spec.qk) is not None:
+        dtype = "" if qk.dtype is None else f";dtype={qk.dtype}"
+        members.append(f"qk{_format_layers(qk.layers)}{';rows=all' if qk.rows == 'all' else ''}{dtype}")
     if spec.summary:
         members.append("summary")
     return ", ".join(members)
@@ -80,6 +93,11 @@ def check_capture(spec: CaptureSpec, engines: Sequence[EngineInfo]) -> None:
         for engine in engines:
             _refuse_if(member, engine.attention_unsupported)
         _check_attention(member, spec.attention or AttentionSpec(), _layers(engines))
+    if spec.qk is not None:
+        for engine in engines:
+            _refuse_if("qk", engine.attention_unsupported)
+        _check_attention("qk", AttentionSpec(layers=spec.qk.layers), _layers(engines))
+        _check_same_shape(spec.qk, _layers(engines))
 
 
 def _dictionary(text: str) -> dict[str, tuple[Any, Mapping[str, Any]]]:
@@ -104,11 +122,9 @@ def _check_member(name: str, value: Any, parameters: Mapping[str, Any]) -> None:
     """Refuse an unknown member, a value that no member has, and an unknown parameter."""
     if name not in _PARAMETERS:
         _refuse(name, "unknown member", _MEMBERS)
-    if name == "qk" and value is not False:
-        _refuse(name, "not supported by this release", _MEMBERS)
-    listed = name == "attention" and isinstance(value, list)
-    if not (isinstance(value, bool) or listed):
-        layers = ", an inner list of layers" if name == "attention" else ""
+    listed = name in ("attention", "qk")
+    if not (isinstance(value, bool) or (listed and isinstance(value, list))):
+        layers = ", an inner list of layers" if listed else ""
         _refuse(name, f"the value {_show(value)} is not understood", f"the bare word{layers}, or ?0 (off)")
     for parameter in parameters:
         if parameter not in _PARAMETERS[name]:
@@ -124,19 +140,27 @@ def _logits(parameters: Mapping[str, Any]) -> LogitsSpec:
 
 def _attention(value: Any, parameters: Mapping[str, Any]) -> AttentionSpec:
     return AttentionSpec(
-        layers=None if value is True else _layer_list(value),
+        layers=None if value is True else _layer_list("attention", value),
         heads=_head_list(parameters["heads"]) if "heads" in parameters else None,
         rows=cast(Any, _word("attention", "rows", parameters, ("decode", "all"))),
         dtype=_dtype("attention", parameters),
     )
 
 
-def _layer_list(items: list[tuple[Any, Mapping[str, Any]]]) -> tuple[int, ...]:
+def _qk(value: Any, parameters: Mapping[str, Any]) -> QKSpec:
+    return QKSpec(
+        layers=None if value is True else _layer_list("qk", value),
+        rows=cast(Any, _word("qk", "rows", parameters, ("decode", "all"))),
+        dtype=_dtype("qk", parameters) if "dtype" in parameters else None,
+    )
+
+
+def _layer_list(member: str, items: list[tuple[Any, Mapping[str, Any]]]) -> tuple[int, ...]:
     for value, parameters in items:
         if type(value) is not int or value < 0 or parameters:
-            _refuse("attention", f"{_show(value)} is not a layer", "layer numbers from 0, e.g. (0 14 29)")
+            _refuse(member, f"{_show(value)} is not a layer", "layer numbers from 0, e.g. (0 14 29)")
     if not items:
-        _refuse("attention", "the list of layers is empty", "at least one layer, or the bare word for all")
+        _refuse(member, "the list of layers is empty", "at least one layer, or the bare word for all")
     return tuple(sorted({value for value, _ in items}))
 
 
@@ -214,6 +238,16 @@ def _check_attention(member: str, spec: AttentionSpec, layers: Mapping[int, Laye
             _refuse(member, f"head {head} is out of range", allowed, example)
 
 
+def _check_same_shape(spec: QKSpec, layers: Mapping[int, LayerInfo]) -> None:
+    """One array holds the queries of all layers: they must be of one shape."""
+    chosen = _capturable(layers.values() if spec.layers is None else [layers[index] for index in spec.layers])
+    shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_size): layer.index for layer in chosen}
+    if len(shapes) > 1:
+        first, second = list(shapes.values())[:2]
+        detail = f"layers {first} and {second} differ in heads or head size"
+        _refuse("qk", detail, "layers of one shape", f"qk=({first})")
+
+
 def _check_layer(member: str, index: int, layers: Mapping[int, LayerInfo]) -> None:
     if index in layers:
         _refuse_if(member, layers[index].unsupported, f"layer {index}: ")
@@ -234,6 +268,10 @@ def _ranges(numbers: Iterable[int]) -> str:
     starts = [0, *(at + 1 for at, (left, right) in enumerate(pairwise(ordered)) if right != left + 1)]
     runs = [ordered[first:last] for first, last in pairwise([*starts, len(ordered)])]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if run)
+
+
+def _format_layers(layers: tuple[int, ...] | None) -> str:
+    return "" if layers is None else f"=({' '.join(map(str, layers))})"
 
 
 def _format_dtype(dtype: ArrayDtype) -> str:

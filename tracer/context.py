@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import Any, Final, Literal
 
 from tracer.capture_request import check_capture, format_capture, parse_capture
-from tracer.records import AttentionSpec, CaptureSpec, LogitsSpec, TraceRequest
+from tracer.records import AttentionSpec, CaptureSpec, LogitsSpec, QKSpec, TraceRequest
 
 __all__ = [
     "ACTIVE",
@@ -113,6 +113,7 @@ def to_extra_args(request: TraceRequest) -> dict[str, Any]:
             "attention": attention
             and [_listed(attention.layers), _listed(attention.heads), attention.rows, attention.dtype],
             "summary": capture.summary,
+            "qk": capture.qk and [_listed(capture.qk.layers), capture.qk.rows, capture.qk.dtype],
         }
     return out
 
@@ -211,6 +212,7 @@ def _capture(value: Any) -> CaptureSpec:
         logits=None if logits is None else _logits_spec(*logits),
         attention=None if attention is None else _attention_spec(*attention),
         summary=summary,
+        qk=None if value.get("qk") is None else _qk_spec(*value["qk"]),
     )
 
 
@@ -224,6 +226,12 @@ def _attention_spec(layers: Any, heads: Any, rows: Any, dtype: Any) -> Attention
     if dtype not in ("f16", "f32") or rows not in ("decode", "all"):
         raise ValueError("not an AttentionSpec")
     return AttentionSpec(_indices(layers), _indices(heads), rows, dtype)
+
+
+def _qk_spec(layers: Any, rows: Any, dtype: Any) -> QKSpec:
+    if dtype not in (None, "f16", "f32") or rows not in ("decode", "all"):
+        raise ValueError("not a QKSpec")
+    return QKSpec(_indices(layers), rows, dtype)
 
 
 def _indices(numbers: Any) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ __all__ = [
     "LogitsSpec",
     "LogitsSummary",
     "Phase",
+    "QKSpec",
     "Record",
     "Region",
     "RequestSpan",
@@ -59,6 +60,18 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class QKSpec:
+    """Queries and keys after rotary embedding, from which attention is rebuilt on reading."""
+
+    layers: tuple[int, ...] | None = None
+    """Layer indices, ascending; None means every layer. They must have the same numbers of heads and dims."""
+    rows: Literal["decode", "all"] = "decode"
+    """`decode`: the queries that predict output tokens. `all`: the prompt's queries too."""
+    dtype: ArrayDtype | None = None
+    """None: f32 for an engine in float32, f16 for one in half precision, which holds usual bfloat16 values exactly."""
+
+
+@dataclass(frozen=True, slots=True)
 class CaptureSpec:
     """What one request asked to store; see the grammar of the `Trace-Capture` header in the README."""
 
@@ -66,6 +79,12 @@ class CaptureSpec:
     attention: AttentionSpec | None = None
     summary: bool = False
     """Per-layer-and-head attention floats without the rows."""
+    qk: QKSpec | None = None
+
+    @property
+    def wants_layers(self) -> bool:
+        """True if attention layers have to be watched at all."""
+        return self.wants_attention or self.qk is not None
 
     @property
     def wants_attention(self) -> bool:
@@ -102,6 +121,10 @@ class LayerInfo:
     soft_cap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    alibi_slopes: tuple[float, ...] = ()
+    """One per query head, if `alibi`."""
+    sink_logits: tuple[float, ...] = ()
+    """One per query head, if `sinks`."""
     backend: str = ""
     unsupported: str | None = None
     """Why this layer cannot be captured; None if it can."""
@@ -227,7 +250,11 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class ArrayRecord:
-    """A block of attention rows of the prompt: `attention_prefill[layer, head, query, key]`."""
+    """Arrays that belong to no output token.
+
+    Attention rows of the prompt (`attention_prefill[layer, head, query, key]`), or queries and keys by position
+    (`query[position, layer, head, dim]`, `key[position, layer, kv_head, dim]`).
+    """
 
     trace_id: str
     span_id: str

@@ -24,10 +24,12 @@ __all__ = [
     "COORDINATES",
     "FEATURES",
     "FORMAT",
+    "KEY",
     "KEY_BLOCK",
     "LOGITS",
     "LOGITS_TOPK",
     "LOGITS_TOPK_ID",
+    "QUERY",
     "QUERY_BLOCK",
     "QUERY_SHARD",
     "ROW_CONVENTION",
@@ -46,6 +48,7 @@ __all__ = [
     "logits_layout",
     "logits_topk_id_layout",
     "logits_topk_layout",
+    "qk_layout",
     "round_up",
     "shard_steps",
 ]
@@ -59,6 +62,8 @@ LOGITS_TOPK_ID: Final = "logits_topk_id"
 ATTENTION: Final = "attention"
 ATTENTION_PREFILL: Final = "attention_prefill"
 ATTENTION_SUMMARY: Final = "attention_summary"
+QUERY: Final = "query"
+KEY: Final = "key"
 
 FEATURES: Final = ("entropy", "sink_mass", "prompt_mass", "self_weight")
 """Last axis of `attention_summary`, in this order."""
@@ -291,6 +296,15 @@ def attention_summary_layout(layers: int, heads: int) -> ArrayLayout:
     return ArrayLayout(ATTENTION_SUMMARY, dims, "float32", (1, *row), (steps, *row), NAN, False, names)
 
 
+def qk_layout(name: str, layers: int, heads: int, dim: int, dtype: str) -> ArrayLayout:
+    """`query [key_pos, layer, head, dim]` or `key [key_pos, layer, kv_head, dim]`, by absolute position."""
+    kind = _ZARR_TYPES[dtype]
+    row = (layers, heads, dim)
+    positions = shard_steps(prod(row) * _ITEM_BYTES[kind])
+    dims = ("key_pos", "qk_layer", "qk_head" if name == QUERY else "kv_head", "dim")
+    return ArrayLayout(name, dims, kind, (1, *row), (positions, *row), NAN, kind == "float16")
+
+
 def asked_arrays(spec: CaptureSpec) -> tuple[str, ...]:
     """The arrays a capture must hold to be complete."""
     names: list[str] = []
@@ -300,6 +314,8 @@ def asked_arrays(spec: CaptureSpec) -> tuple[str, ...]:
         names += [ATTENTION] if spec.attention.rows == "decode" else [ATTENTION, ATTENTION_PREFILL]
     if spec.summary:
         names.append(ATTENTION_SUMMARY)
+    if spec.qk is not None:
+        names += [QUERY, KEY]
     return tuple(names)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracer import records
+from tracer.rebuilt import rebuild_rows
 from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker import native
 from tracer.worker.attention import LayerMath
@@ -30,6 +31,7 @@ from tracer.worker.work import Step, Traced, Work
 
 CPU = torch.device("cpu")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WHOLE = records.CaptureSpec(None, records.AttentionSpec(dtype="f32"))
 LAYOUTS = ("transposed", "rows", "second half", "tiled")
 
 
@@ -138,6 +140,53 @@ def test_rows_and_features_are_those_of_torch(case: Case) -> None:
         assert mine.entropy == pytest.approx(reference.entropy, abs=1e-4)
         assert mine.sink_mass == pytest.approx(reference.sink_mass, abs=1e-4)
         assert mine.top_weight == pytest.approx(reference.top_weight, abs=1e-5)
+
+
+def collect(maths: Any, case: Case, spec: records.QKSpec, sent: int) -> list[dict[str, tuple[np.ndarray, Any]]]:
+    request = records.TraceRequest("a" * 32, "b" * 16, True, records.CaptureSpec(qk=spec))
+    works = [Work(work.row, Traced(request, {}, [], {0: 0}, keys_sent=sent)) for work in case.works]
+    step = Step(0, works=works)
+    maths.collect(step, case.layer, works, case.query, case.cache, SimpleNamespace(block_table=case.table, causal=True))
+    maths.finish(step)
+    out = [{name: (on_host(values).copy(), start) for name, values, start in work.blocks} for work in works]
+    maths.release(step)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(["decode", "all"]), st.sampled_from([None, "f16", "f32"]), st.sampled_from([0, 40]))
+def test_queries_and_keys_are_those_of_the_cache(case: Case, rows: Any, dtype: Any, sent: int) -> None:
+    window = case.layer.math.sliding_window if case.layer.math is not None else None
+    info = replace(case.layer.info, sliding_window=window)
+    case = replace(case, layer=replace(case.layer, info=info))
+    spec = records.QKSpec(rows=rows, dtype=dtype)
+    got = collect(NativeMaths(native.load(), [case.layer], 3), case, spec, sent)
+    wanted = collect(TorchMaths(3), case, spec, sent)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, (values, start) in theirs.items():
+            np.testing.assert_array_equal(ours[name][0], values)
+            assert ours[name][0].dtype == values.dtype
+            assert ours[name][1] == start
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_rows_rebuilt_from_queries_and_keys_are_those_of_the_worker(case: Case) -> None:
+    maths = case.layer.math
+    assert maths is not None
+    facts = {
+        "scale": maths.scale, "soft_cap": maths.soft_cap, "sliding_window": maths.sliding_window,
+        "alibi_slopes": None if maths.alibi_slopes is None else maths.alibi_slopes.tolist(),
+        "sink_logits": None if maths.sinks is None else maths.sinks.tolist(),
+    }  # fmt: skip
+    native_maths = NativeMaths(native.load(), [case.layer], 3)
+    whole = [Work(work.row, traced(WHOLE, list(range(case.layer.info.num_heads)))) for work in case.works]
+    stored, _ = attend(native_maths, replace(case, works=whole))
+    for work, arrays, blocks in zip(case.works, stored, collect(native_maths, case, records.QKSpec(), 0), strict=True):
+        query, key = blocks["query"][0][:, 0], blocks["key"][0][:, 0]
+        rows = rebuild_rows(query, key, np.array([work.row.position]), facts)
+        np.testing.assert_allclose(rows[:, 0], arrays["attention"][0], rtol=0, atol=1e-5)
 
 
 def test_the_summary_names_the_largest_weight_outside_the_first_position() -> None:

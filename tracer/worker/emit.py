@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from tracer.context import step_span_id
 from tracer.export import Channel
-from tracer.records import StepRecord
+from tracer.records import ArrayRecord, StepRecord
 from tracer.worker.pack import pack
 from tracer.worker.work import Step, Work
 
-__all__ = ["send_step"]
+__all__ = ["send_blocks", "send_step"]
+
+POSITIONS: Final = 256
+"""Positions per record of queries and keys: bounds a record's size."""
 
 
 def send_step(channel: Channel, step: Step, work: Work, end_ns: int) -> None:
@@ -26,6 +30,19 @@ def send_step(channel: Channel, step: Step, work: Work, end_ns: int) -> None:
         return
     traced.lost += 1
     traced.problems = [*problems, "step: queue full", *traced.problems]
+
+
+def send_blocks(channel: Channel, work: Work) -> None:
+    """Queries and keys, a bounded number of positions at a time; what does not fit is said by position."""
+    traced = work.traced
+    for name, values, (first, *rest) in work.blocks:
+        for start in range(0, len(values), POSITIONS):
+            part = values[start : start + POSITIONS]
+            arrays, payload = pack([(name, part, (first + start, *rest))])
+            record = ArrayRecord(traced.request.trace_id, traced.request.span_id, traced.attempt, arrays)
+            if not channel.send(record, payload):
+                stop = first + start + len(part) - 1
+                traced.problems.append(f"{name}: queue full at positions {first + start} to {stop}")
 
 
 def _record(step: Step, work: Work, end_ns: int) -> StepRecord:

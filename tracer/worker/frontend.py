@@ -228,7 +228,8 @@ def _attach(request: Any, traced: TraceRequest | None) -> None:
 
 
 def _needs_every_query(capture: CaptureSpec | None) -> bool:
-    return capture is not None and capture.attention is not None and capture.attention.rows == "all"
+    specs = (capture.attention, capture.qk) if capture is not None else ()
+    return any(spec is not None and spec.rows == "all" for spec in specs)
 
 
 def install(settings: Settings) -> None:

@@ -144,6 +144,15 @@ def _info(index: int, name: str, module: Any, reason: str | None) -> LayerInfo:
         soft_cap=getattr(impl, "logits_soft_cap", None) or None,
         alibi=getattr(impl, "alibi_slopes", None) is not None,
         sinks=getattr(impl, "sinks", None) is not None,
+        alibi_slopes=_numbers(getattr(impl, "alibi_slopes", None)),
+        sink_logits=_numbers(getattr(impl, "sinks", None)),
         backend=compat.backend_name(module),
         unsupported=reason,
     )
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """One per head, for a reader that rebuilds rows from queries and keys."""
+    if values is None:
+        return ()
+    return tuple(torch.as_tensor(values).detach().float().flatten().tolist())

@@ -33,6 +33,11 @@ class Maths(Protocol):
         query: [tokens, heads, head_size]; cache: as vLLM gives it to the layer; metadata: the backend's.
         """
 
+    def collect(
+        self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> None:
+        """Queries and keys of `works` in one layer, as `Work.queries` and `Work.keys` say."""
+
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """Copy and count the raw logits [batch rows, vocab] of these rows before anything changes them."""
 

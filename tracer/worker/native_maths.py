@@ -19,12 +19,12 @@ from tracer.worker.attention import FEATURES, attention_last_rows
 from tracer.worker.layers import Layer
 from tracer.worker.native import NativeError
 from tracer.worker.native_layer import CODES, NativeLayer, address_of, addresses_of
+from tracer.worker.native_qk import STORED, QKPlan, at_least, qk_blocks, qk_plan
 from tracer.worker.rows import require_causal
 from tracer.worker.work import Step, Work
 
 __all__ = ["NativeMaths"]
 
-STORED: Final[dict[str, tuple[int, Any]]] = {"f32": (0, np.dtype(np.float32)), "f16": (2, np.dtype(np.float16))}
 ALIGN: Final = 64
 FLOAT: Final = np.dtype(np.float32)
 STRIDE: Final = 1024
@@ -79,7 +79,9 @@ class _Buffers:
 
     rows: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
     logits: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
+    qk: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
     plan: _Plan | None = None
+    qk_plan: QKPlan | None = None
     logits_plan: _LogitsPlan | None = None
 
 
@@ -115,6 +117,27 @@ class NativeMaths:
         for work in works:
             work.layers_seen += 1
 
+    def collect(
+        self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> None:
+        """See `maths.Maths`."""
+        require_causal(metadata)
+        buffers, native, table = self._buffers(step), self._layers[layer.info.index], metadata.block_table
+        native.check(query, cache, table)
+        plan = buffers.qk_plan
+        if plan is None:
+            wanting = [work for work in step.works if work.traced.qk_slots]
+            f32 = native.dtype == torch.float32
+            plan = buffers.qk_plan = qk_plan(wanting, layer.info, self._count, buffers.qk, engine_f32=f32)
+            buffers.qk = plan.buffer
+        places = addresses_of(*plan.addresses[:, layer.info.index])
+        self._library.collect(
+            native.address, address_of(plan.picks), len(plan.picks), *places,
+            query.data_ptr(), query.stride(0), query.stride(1), cache.data_ptr(), table.data_ptr(), table.stride(0),
+        )  # fmt: skip
+        for work in works:
+            work.qk_seen += 1
+
     def _attend(self, layer: Layer, plan: _Plan, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor) -> None:
         native = self._layers[layer.info.index]
         native.check(query, cache, table)
@@ -142,7 +165,7 @@ class NativeMaths:
     def _plan(self, step: Step, buffers: _Buffers) -> _Plan:
         works = [work for work in step.works if work.wants_row]
         sizes = [_row_bytes(work) for work in works]
-        buffers.rows = _at_least(buffers.rows, sum(map(sum, sizes)))
+        buffers.rows = at_least(buffers.rows, sum(map(sum, sizes)))
         base, at = address_of(buffers.rows), 0
         addresses = np.zeros((3, self._count, len(works)), np.int64)
         facts, arrays = [], []
@@ -179,7 +202,7 @@ class NativeMaths:
         raw = count * vocab * logits.element_size()
         kept = [_kept_dtype(work) for work in sampling]
         sizes = [0 if dtype is None else _aligned(vocab * dtype[1].itemsize) for dtype in kept]
-        buffers.logits = _at_least(buffers.logits, _aligned(raw) + sum(sizes))
+        buffers.logits = at_least(buffers.logits, _aligned(raw) + sum(sizes))
         copy = torch.from_numpy(buffers.logits[:raw]).view(logits.dtype).view(count, vocab)
         torch.index_select(logits, 0, torch.tensor([work.row.index for work in sampling]), out=copy)
         step.logits = copy
@@ -208,6 +231,10 @@ class NativeMaths:
             return
         if buffers.logits_plan is not None:
             self._finish_logits(step, buffers.logits_plan)
+        if buffers.qk_plan is not None:
+            for work in step.works:
+                if work.has_qk:
+                    work.blocks += qk_blocks(work, *buffers.qk_plan.arrays[buffers.qk_plan.places[id(work)]])
         if buffers.plan is not None:
             for work in step.works:
                 if work.has_row:
@@ -260,7 +287,7 @@ class NativeMaths:
         """See `maths.Maths`."""
         buffers, step.buffers, step.logits = step.buffers, None, None
         if buffers is not None:
-            buffers.plan = buffers.logits_plan = None
+            buffers.plan = buffers.qk_plan = buffers.logits_plan = None
             self._pool.append(buffers)
 
     def _buffers(self, step: Step) -> _Buffers:
@@ -311,11 +338,6 @@ class NativeMaths:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
-
-
-def _at_least(buffer: Bytes, size: int) -> Bytes:
-    """`buffer`, or a larger one with room for some growth."""
-    return buffer if len(buffer) >= size else np.empty(size + size // 4, np.uint8)
 
 
 def _carve(buffer: Bytes, at: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -9,7 +9,7 @@ Each public method is one telemetry boundary: it never raises into vLLM. What a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,9 +17,9 @@ import torch
 from tracer._guard import Guard
 from tracer.context import from_extra_args, wall_clock_ns
 from tracer.export import Channel
-from tracer.records import ArrayRecord, AttentionSpec, EngineInfo, WorkerEnd
+from tracer.records import ArrayRecord, AttentionSpec, EngineInfo, TraceRequest, WorkerEnd
 from tracer.worker.batch import Runner
-from tracer.worker.emit import send_step
+from tracer.worker.emit import send_blocks, send_step
 from tracer.worker.layers import Layer
 from tracer.worker.maths import Maths
 from tracer.worker.pack import DTYPES, pack
@@ -64,7 +64,7 @@ class StepTracer:
             for request_id in plan.resumed & self._traced.keys():
                 self._traced[request_id].attempt += 1
             scheduled = [self._traced[name] for name in plan.scheduled & self._traced.keys()]
-            self._wants_attention = any(traced.slots for traced in scheduled)
+            self._wants_attention = any(traced.slots or traced.qk_slots for traced in scheduled)
             self._runner.demote(self._wants_attention)
             self._step = Step(wall_clock_ns()) if scheduled else None
         return self._step is not None
@@ -77,14 +77,22 @@ class StepTracer:
         if known is not None:  # Runner V2 sees a preempted request as a new one.
             known.attempt += 1
             return
+        self._traced[request_id] = self._asked(request)
+
+    def _asked(self, request: TraceRequest) -> Traced:
+        """The request with the layers and heads that it stores."""
         capture = request.capture
-        if capture is None or not capture.wants_attention:
-            self._traced[request_id] = Traced(request, {}, [])
-            return
+        if capture is None or not capture.wants_layers:
+            return Traced(request, {}, [])
         spec = capture.attention or AttentionSpec()
-        wanted = [index for index in spec.layers or sorted(self._layers) if index in self._layers]
-        heads = list(spec.heads or range(self._info.num_heads))
-        self._traced[request_id] = Traced(request, {index: slot for slot, index in enumerate(wanted)}, heads)
+        slots = self._slots(spec.layers) if capture.wants_attention else {}
+        qk_slots = self._slots(capture.qk.layers) if capture.qk is not None else {}
+        return Traced(request, slots, list(spec.heads or range(self._info.num_heads)), qk_slots)
+
+    def _slots(self, layers: tuple[int, ...] | None) -> dict[int, int]:
+        """Layer index → place on the stored axis, without layers that cannot be captured."""
+        wanted = [index for index in layers or sorted(self._layers) if index in self._layers]
+        return {index: slot for slot, index in enumerate(wanted)}
 
     def _forget(self, request_id: str) -> None:
         traced = self._traced.pop(request_id, None)
@@ -116,13 +124,14 @@ class StepTracer:
             layer = self._layers[index]
             works = [work for work in self._works(step) if index in work.traced.slots]
             rows = [work for work in works if work.wants_row]
+            sources = [work for work in step.works if index in work.traced.qk_slots]
             if rows:
-                with self._guard(f"attention of layer {index}"):
-                    self._rows_or_say(step, layer, rows, query, kv_cache, metadata)
+                self._or_say("attention", rows, self._maths.attention, step, layer, rows, query, kv_cache, metadata)
+            if sources:
+                self._or_say("qk", sources, self._maths.collect, step, layer, sources, query, kv_cache, metadata)
             for work in works:
                 if work.wants_prompt:
-                    with self._guard(f"attention of layer {index}"):
-                        self._prompt_or_say(layer, work, query, kv_cache, metadata)
+                    self._or_say("attention_prefill", [work], self._prompt, layer, work, query, kv_cache, metadata)
 
     def _works(self, step: Step) -> list[Work]:
         """The traced rows of this step, worked out when the batch is first final."""
@@ -132,22 +141,19 @@ class StepTracer:
             step.works = [Work(row, self._traced[row.request_id]) for row in rows]
         return step.works
 
-    def _rows_or_say(
-        self, step: Step, layer: Layer, works: list[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
-    ) -> None:
-        try:
-            self._maths.attention(step, layer, works, query, cache, metadata)
-        except Exception as error:
-            for work in works:
-                work.traced.problems.append(f"attention: layer {layer.info.index}: {error}")
-            raise
+    def _or_say(self, what: str, works: list[Work], action: Callable[..., None], *arguments: Any) -> None:
+        """`action`; a failure is said by each of `works` and costs nobody else anything."""
+        with self._guard(what):
+            try:
+                action(*arguments)
+            except Exception as error:
+                layer = next(item for item in arguments if isinstance(item, Layer))
+                for work in works:
+                    work.traced.problems.append(f"{what}: layer {layer.info.index}: {error}")
+                raise
 
-    def _prompt_or_say(self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any) -> None:
-        try:
-            self._prompt_rows(layer, work, query, past_keys(layer, work.row, cache, metadata))
-        except Exception as error:
-            work.traced.problems.append(f"attention_prefill: layer {layer.info.index}: {error}")
-            raise
+    def _prompt(self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any) -> None:
+        self._prompt_rows(layer, work, query, past_keys(layer, work.row, cache, metadata))
 
     def _prompt_rows(self, layer: Layer, work: Work, query: torch.Tensor, keys: torch.Tensor) -> None:
         """Send this chunk's rows of the prompt's map, a bounded number at a time."""
@@ -219,6 +225,7 @@ class StepTracer:
 
     def _send_or_count(self, step: Step, work: Work, end_ns: int) -> None:
         try:
+            send_blocks(self._channel, work)
             send_step(self._channel, step, work, end_ns)
         except Exception:
             work.traced.lost += 1
@@ -237,7 +244,12 @@ class StepTracer:
 
 def _check_layers(work: Work) -> None:
     """Say it if layers were missed: a step ran under a FULL CUDA graph after all, or one of them failed."""
-    if work.wants_row and not work.has_row:
-        asked = len(work.traced.slots)
-        if not any(problem.startswith("attention: layer") for problem in work.traced.problems):
-            work.traced.problems.append(f"attention: {asked - work.layers_seen} of {asked} layers were not seen")
+    for what, wanted, seen, slots in (
+        ("attention", work.wants_row, work.layers_seen, work.traced.slots),
+        ("qk", bool(work.traced.qk_slots), work.qk_seen, work.traced.qk_slots),
+    ):
+        said = any(problem.startswith(f"{what}: layer") for problem in work.traced.problems)
+        if wanted and seen < len(slots) and not said:
+            work.traced.problems.append(f"{what}: {len(slots) - seen} of {len(slots)} layers were not seen")
+    if work.has_qk:  # In the order of steps, also where tokens arrive on another thread.
+        work.traced.keys_sent = work.row.position + 1

@@ -10,6 +10,7 @@ import torch
 from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker.attention import row_features, summarise
 from tracer.worker.layers import Layer
+from tracer.worker.native_qk import qk_blocks, qk_dtype
 from tracer.worker.pack import DTYPES
 from tracer.worker.rows import last_row_weights, past_keys, row_weights, worth_batching
 from tracer.worker.work import Step, Stored, Work
@@ -36,6 +37,25 @@ class TorchMaths:
         for work, weights in zip(works, rows, strict=True):
             _keep(work, layer.info.index, weights)
 
+    def collect(
+        self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> None:
+        """See `maths.Maths`."""
+        assert layer.keys is not None
+        for work in works:
+            keys = past_keys(layer, work.row, cache, metadata)
+            (first, count), (start, more) = work.queries, work.keys
+            if work.qk is None:
+                work.qk = _qk_room(work, layer, keys)
+            slot = work.traced.qk_slots[layer.info.index]
+            work.qk[0][:, slot] = query[first : first + count]
+            work.qk[1][:, slot] = keys[:, start : start + more].transpose(0, 1)
+            # A block that a window gave back may hold another request's keys.
+            window = layer.info.sliding_window
+            if window is not None:
+                work.qk[1][: max(work.row.computed + 1 - window - start, 0), slot] = torch.nan
+            work.qk_seen += 1
+
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """See `maths.Maths`."""
         # Pinned and asynchronous on a GPU: a pageable copy would wait for the whole forward pass.
@@ -53,6 +73,8 @@ class TorchMaths:
                 work.arrays += _logits_arrays(work, step.logits[work.logits_row])
         for work in step.works:
             _finish_attention(work)
+            if work.has_qk and work.qk is not None:
+                work.blocks += qk_blocks(work, *work.qk)
 
     def release(self, step: Step) -> None:
         """See `maths.Maths`: torch frees by itself."""
@@ -75,6 +97,17 @@ def _keep(work: Work, index: int, weights: torch.Tensor) -> None:
     work.layers_seen += 1
     every = len(chosen) == weights.shape[0]
     work.weights[traced.slots[index], : len(chosen)] = weights if every else weights[chosen]
+
+
+def _qk_room(work: Work, layer: Layer, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for [positions, layers, heads, head_size] queries and keys of this step."""
+    dtype = DTYPES[qk_dtype(work, keys.dtype == torch.float32)]
+    info, layers = layer.info, len(work.traced.qk_slots)
+    sizes = ((work.queries[1], info.num_heads), (work.keys[1], info.num_kv_heads))
+    queries, own = [
+        torch.empty((count, layers, heads, info.head_size), dtype=dtype, device=keys.device) for count, heads in sizes
+    ]
+    return queries, own
 
 
 def _finish_attention(work: Work) -> None:

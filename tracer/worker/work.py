@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tracer.records import AttentionSpec, AttentionSummary, LogitsSummary, TraceRequest
+from tracer.records import AttentionSpec, AttentionSummary, LogitsSummary, QKSpec, TraceRequest
 from tracer.statistics import RowStatistics
 from tracer.worker.batch import Row, StepView
 
@@ -27,6 +27,10 @@ class Traced:
     slots: dict[int, int]
     """Layer index → place on the stored layer axis; empty without attention."""
     heads: list[int]
+    qk_slots: dict[int, int] = field(default_factory=dict)
+    """Likewise for queries and keys."""
+    keys_sent: int = 0
+    """Keys 0 … that the store has been given."""
     attempt: int = 1
     problems: list[str] = field(default_factory=list)
     """`name: cause` of what was lost and not yet said."""
@@ -38,6 +42,7 @@ class Traced:
     """The scheduler has forgotten the request."""
     layer_index: NDArray[np.int64] = field(init=False)
     """`slots` in their order, for indexing."""
+    qk_index: NDArray[np.int64] = field(init=False)
     slot_index: NDArray[np.int64] = field(init=False)
     head_index: NDArray[np.int64] = field(init=False)
     heads_at: int = field(init=False)
@@ -47,6 +52,7 @@ class Traced:
         """Index arrays are made once: steps use them as they are."""
         self.layer_index = np.fromiter(self.slots, np.int64, len(self.slots))
         self.slot_index = np.fromiter(self.slots.values(), np.int64, len(self.slots))
+        self.qk_index = np.fromiter(self.qk_slots, np.int64, len(self.qk_slots))
         self.head_index = np.array(self.heads, np.int64)
         self.heads_at = self.head_index.__array_interface__["data"][0]
 
@@ -54,6 +60,11 @@ class Traced:
     def attention(self) -> AttentionSpec | None:
         """The attention rows to store; None for summaries alone and for no attention."""
         return self.request.capture.attention if self.request.capture else None
+
+    @property
+    def qk(self) -> QKSpec | None:
+        """The queries and keys to store."""
+        return self.request.capture.qk if self.request.capture else None
 
     @property
     def all_rows(self) -> bool:
@@ -71,19 +82,45 @@ class Work:
     """Row among the step's sampled traced rows; -1 if nothing is sampled."""
     weights: torch.Tensor | None = None
     """float32 [layers, heads, keys] of the last query row, where torch computes it."""
+    qk: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Queries and keys [positions, layers, heads, head_size], where torch collects them."""
     token: int | None = None
     """What was sampled from the row."""
     logits: LogitsSummary | None = None
     attention: AttentionSummary | None = None
     arrays: list[Stored] = field(default_factory=list)
     """What this row stores; filled once its token is known."""
+    blocks: list[Stored] = field(default_factory=list)
+    """Queries and keys of this step, by position."""
     layers_seen: int = 0
     """Layers that have given this row its weights."""
+    qk_seen: int = 0
+    """Layers whose queries and keys have been collected."""
+
+    @property
+    def queries(self) -> tuple[int, int]:
+        """First row of the query tensor whose query is stored, and how many: the last one, or all of the step's."""
+        row, spec = self.row, self.traced.qk
+        if spec is not None and spec.rows == "all":
+            return row.first, row.tokens
+        return row.first + row.tokens - 1, int(row.samples)
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """First position whose key is stored, and how many: all that the store has not been given yet."""
+        stop = self.row.position + 1
+        start = min(self.traced.keys_sent, stop)
+        return start, stop - start
 
     @property
     def wants_row(self) -> bool:
         """True if the attention of the row's last query was asked for."""
         return self.row.samples and bool(self.traced.slots)
+
+    @property
+    def has_qk(self) -> bool:
+        """True if queries and keys of every layer that was asked for have been collected."""
+        return bool(self.traced.qk_slots) and self.qk_seen == len(self.traced.qk_slots)
 
     @property
     def wants_prompt(self) -> bool:

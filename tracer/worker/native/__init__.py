@@ -63,6 +63,7 @@ SIGNATURES: Final[dict[str, tuple[Sequence[Any], Any]]] = {
     "scratch_floats": ((_INT, _INT, _INT), _INT),
     "threads": ((), _INT),
     "attend": ((_PTR, _PTR, _INT, _PTR, _PTR, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT, _PTR, _INT), None),
+    "collect": ((_PTR, _PTR, _INT, _PTR, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT), None),
     "summarise": ((_PTR, _PTR, _INT, _PTR), None),
     "logits": ((_PTR, _INT, _INT, _INT, _INT, _INT, _PTR, _PTR, _PTR, _PTR, _PTR), None),
     "ranks": ((_PTR, _INT, _INT, _INT, _INT, _PTR, _PTR, _PTR), None),

@@ -372,6 +372,63 @@ void attend(const Layer *layer, const Row *rows, int64_t count, const uint64_t *
     }
 }
 
+typedef struct {
+    int64_t query, queries; /* first row of the query tensor, and how many */
+    int64_t table;          /* row of the block table */
+    int64_t key, keys;      /* first position, and how many */
+    int64_t computed;       /* position of the step's first query: no window reaches further back than from there */
+    int64_t dtype;          /* of what is stored */
+    int64_t query_stride, key_stride; /* elements from one position to the next, in what is stored */
+} Pick;
+
+INLINE void copy_row(const void *from, int64_t at, int from_dtype, int64_t step, void *to, int64_t place, int dtype,
+                     int64_t size) {
+    for (int64_t d = 0; d < size; d++) store_one(to, place + d, dtype, load_one(from, at + d * step, from_dtype));
+}
+
+static void pick_keys(const Layer *layer, const Pick *pick, const char *cache, const int32_t *table, void *out) {
+    int64_t size = layer->head_size, bytes = layer->dtype == F32 ? 4 : 2;
+    int64_t visible = layer->window ? pick->computed + 1 - layer->window : 0;
+    for (int64_t i = 0; i < pick->keys; i++) {
+        int64_t position = pick->key + i, token = position % layer->block_size;
+        int64_t block = table[position / layer->block_size];
+        for (int64_t h = 0; h < layer->kv_heads; h++) {
+            if (position < visible) { /* a block that the window gave back may hold another request's keys */
+                for (int64_t d = 0; d < size; d++)
+                    store_one(out, i * pick->key_stride + h * size + d, (int)pick->dtype, NAN);
+                continue;
+            }
+            const char *base = cache + (block * layer->block_stride + h * layer->head_stride) * bytes;
+            int64_t place = i * pick->key_stride + h * size;
+            if (!layer->offsets) {
+                copy_row(base, layer->first + token * layer->per_token, (int)layer->dtype, layer->per_dim, out, place,
+                         (int)pick->dtype, size);
+                continue;
+            }
+            for (int64_t d = 0; d < size; d++)
+                store_one(out, place + d, (int)pick->dtype,
+                          load_one(base, layer->offsets[token * size + d], (int)layer->dtype));
+        }
+    }
+}
+
+/* Queries and keys of one layer, as they are, for every row that wants them.
+ * queries, keys: [rows] addresses of this layer's part of [positions, layers, heads, head_size], or 0. */
+void collect(const Layer *layer, const Pick *picks, int64_t count, const uint64_t *queries, const uint64_t *keys,
+             const void *query, int64_t query_row, int64_t query_head, const char *cache, const int32_t *table,
+             int64_t table_stride) {
+#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
+    for (int64_t r = 0; r < count; r++) {
+        const Pick *pick = picks + r;
+        void *out = (void *)(uintptr_t)queries[r], *key_out = (void *)(uintptr_t)keys[r];
+        for (int64_t i = 0; out && i < pick->queries; i++)
+            for (int64_t h = 0; h < layer->heads; h++)
+                copy_row(query, (pick->query + i) * query_row + h * query_head, (int)layer->dtype, 1, out,
+                         i * pick->query_stride + h * layer->head_size, (int)pick->dtype, layer->head_size);
+        if (key_out) pick_keys(layer, pick, cache, table + pick->table * table_stride, key_out);
+    }
+}
+
 /* Means over layers and heads of [count, 4] features, without NaN, and the largest of [count, 2] tops.
  * out: entropy, sink mass, prompt mass, self weight, top weight, top position, index of the top in [count]. */
 void summarise(const float *features, const float *tops, int64_t count, double *out) {
