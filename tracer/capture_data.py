@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tracer import schema
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
 from tracer.errors import CaptureNotFoundError, FormatError
+from tracer.rebuilt import RebuiltLayers
 from tracer.records import Region
 
 __all__ = ["Capture"]
@@ -152,27 +153,51 @@ class Capture:
         return self._variable(schema.LOGITS)
 
     @property
-    def attention(self) -> AttentionLayers:
-        """`attention[layer]` → `[step, head, key_pos]`, lazy, zeros after each row's `kv_len` keys."""
+    def attention(self) -> AttentionLayers | RebuiltLayers:
+        """`attention[layer]` → `[step, head, key_pos]`, zeros after each row's `kv_len` keys.
+
+        Lazy where rows were stored; rebuilt in float32, a layer at a time, where only queries and keys were.
+        """
+        if schema.ATTENTION not in self._data and self._has_qk(schema.QUERY):
+            return RebuiltLayers.decode(self._data, self._engine_layers, self.prompt_tokens, self.num_steps)
         return self._layers(schema.ATTENTION)
 
     @property
-    def attention_prefill(self) -> AttentionLayers:
-        """`attention_prefill[layer]` → `[head, query_pos, key_pos]` of the prompt, lazy, zeros above the diagonal."""
+    def attention_prefill(self) -> AttentionLayers | RebuiltLayers:
+        """`attention_prefill[layer]` → `[head, query_pos, key_pos]` of the prompt, zeros above the diagonal.
+
+        Lazy or rebuilt, as `attention` is.
+        """
+        if schema.ATTENTION_PREFILL not in self._data and self._has_qk(schema.QUERY_PROMPT):
+            return RebuiltLayers.prefill(self._data, self._engine_layers, self.prompt_tokens)
         return self._layers(schema.ATTENTION_PREFILL)
+
+    def _has_qk(self, query: str) -> bool:
+        return query in self._data and schema.KEY in self._data and "qk_layer" in self._data
+
+    @property
+    def _engine_layers(self) -> list[dict[str, Any]]:
+        return list((self.attrs["engine"] or {}).get("layers", []))
 
     def row(self, *, step: int, layer: int, head: int) -> Array:
         """One attention row with exactly `kv_len` keys, the one that predicts output token `step`.
 
         layer, head: the model's indices. Raises KeyError naming what exists, or saying why the row is missing.
         """
-        array = self._layers(schema.ATTENTION)[layer]
+        self._check_step(step)
+        layers = self.attention
+        if isinstance(layers, RebuiltLayers):
+            return self._known_row(layers.row(layer, head, step), step)
+        array = layers[layer]
         heads = array["head"].to_numpy().tolist()
         if head not in heads:
             raise KeyError(f"head {head} is not in this capture; it has {heads}")
-        self._check_step(step)
         self._check_head(layer, head)
-        row = array.isel(step=step, head=heads.index(head)).to_numpy()[: self.steps[step].kv_len]
+        return self._known_row(
+            array.isel(step=step, head=heads.index(head)).to_numpy()[: self.steps[step].kv_len], step
+        )
+
+    def _known_row(self, row: Array, step: int) -> Array:
         if not row.any():
             raise KeyError(f"attention of step {step} was not stored; capture.missing: {self.missing}")
         return np.asarray(row)
@@ -285,15 +310,14 @@ class Capture:
             raise KeyError(f"step {step} is not in this capture; it has {self.num_steps} steps, from 0")
 
     def _check_head(self, layer: int, head: int) -> None:
-        layers = (self.attrs["engine"] or {}).get("layers", [])
-        heads = next((entry["num_heads"] for entry in layers if entry["index"] == layer), head + 1)
+        heads = next((entry["num_heads"] for entry in self._engine_layers if entry["index"] == layer), head + 1)
         if head >= heads:
             raise KeyError(f"layer {layer} has {heads} heads; head {head} exists in other layers only")
 
     def __repr__(self) -> str:
         """A few lines: identity, state, sizes, and what is missing."""
         state = "complete" if self.complete else "closed, incomplete" if self.closed else "not closed"
-        big = [name for name in self.arrays if name.startswith(("logits", "attention"))]
+        big = [name for name in self.arrays if name.startswith(("logits", "attention", "query", "key"))]
         lines = [f"<tensorspan.Capture {self.trace_id}/{self.span_id}: {state}>", f"  model   {self.attrs['model']}"]
         lines += [f"  tokens  {self.prompt_tokens} prompt, {self.num_steps} steps"]
         lines += [f"  {name}  {dict(self._data[name].sizes)} {self._data[name].dtype}" for name in big]

@@ -65,9 +65,10 @@ class RebuiltLayers(Mapping[int, xr.DataArray]):
     """
 
     def __init__(
-        self, data: xr.Dataset, layers: Sequence[Mapping[str, Any]], dims: tuple[str, ...], rows: Array
+        self, data: xr.Dataset, layers: Sequence[Mapping[str, Any]], dims: tuple[str, ...], rows: Array, prompt: int
     ) -> None:
         self._data = data
+        self._prompt = prompt
         self._facts = {int(layer["index"]): layer for layer in layers}
         self._dims = dims
         self._rows = rows
@@ -76,12 +77,12 @@ class RebuiltLayers(Mapping[int, xr.DataArray]):
     @classmethod
     def decode(cls, data: xr.Dataset, layers: Sequence[Mapping[str, Any]], prompt: int, steps: int) -> RebuiltLayers:
         """Rows that predict the output tokens."""
-        return cls(data, layers, ROWS, np.arange(prompt - 1, prompt - 1 + steps))
+        return cls(data, layers, ROWS, np.arange(prompt - 1, prompt - 1 + steps), prompt)
 
     @classmethod
     def prefill(cls, data: xr.Dataset, layers: Sequence[Mapping[str, Any]], prompt: int) -> RebuiltLayers:
         """The prompt's own map."""
-        return cls(data, layers, PREFILL, np.arange(prompt))
+        return cls(data, layers, PREFILL, np.arange(prompt), prompt)
 
     def __getitem__(self, layer: int) -> xr.DataArray:
         """One layer, float32; KeyError names the layers that exist."""
@@ -93,6 +94,9 @@ class RebuiltLayers(Mapping[int, xr.DataArray]):
     def row(self, layer: int, head: int, place: int) -> Array:
         """One row with exactly its visible keys, without the rest of the layer."""
         position = self._rows[place]
+        heads = int(self._data.sizes["qk_head"])
+        if not 0 <= head < heads:
+            raise KeyError(f"head {head} is not in this capture; it has {list(range(heads))}")
         weights = self._rebuild(layer, self._rows[place : place + 1])
         return weights[head, 0, : position + 1]
 
@@ -101,9 +105,22 @@ class RebuiltLayers(Mapping[int, xr.DataArray]):
             raise KeyError(f"layer {layer} is not among the queries and keys of this capture; it has {list(self)}")
         slot = list(self).index(layer)
         stop = int(rows.max(initial=-1)) + 1
-        key = self._data[schema.KEY].isel(qk_layer=slot, key_pos=slice(stop)).to_numpy()
-        query = self._data[schema.QUERY].isel(qk_layer=slot, key_pos=rows).to_numpy()
-        return rebuild_rows(query, key, rows, self._facts[layer])
+        key = self._positions(schema.KEY_PROMPT, schema.KEY, slot, 0, stop)
+        first = int(rows.min(initial=stop))
+        query = self._positions(schema.QUERY_PROMPT, schema.QUERY, slot, first, stop)
+        return rebuild_rows(query[rows - first], key, rows, self._facts[layer])
+
+    def _positions(self, early: str, late: str, slot: int, start: int, stop: int) -> Array:
+        """[position, heads, dim] of positions start … stop - 1: the prompt's, then those of the steps; NaN if lost."""
+        steps, before = self._data[late].isel(qk_layer=slot), self._prompt - 1
+        out = np.full((stop - start, *steps.shape[1:]), np.nan, np.float32)
+        if early in self._data and start < before:
+            values = self._data[early].isel(qk_layer=slot, prompt_row=slice(start, min(stop, before))).to_numpy()
+            out[: len(values)] = values
+        low, high = max(start, before), min(stop, before + steps.shape[0])
+        if low < high:
+            out[low - start : high - start] = steps.isel(step=slice(low - before, high - before)).to_numpy()
+        return out
 
     def __iter__(self) -> Iterator[int]:
         """The model's layer indices, ascending."""

@@ -252,8 +252,8 @@ class StepRecord:
 class ArrayRecord:
     """Arrays that belong to no output token.
 
-    Attention rows of the prompt (`attention_prefill[layer, head, query, key]`), or queries and keys by position
-    (`query[position, layer, head, dim]`, `key[position, layer, kv_head, dim]`).
+    Attention rows of the prompt (`attention_prefill[layer, head, query, key]`), or its queries and keys by position
+    (`query_prompt[position, layer, head, dim]`, `key_prompt[position, layer, kv_head, dim]`).
     """
 
     trace_id: str

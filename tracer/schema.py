@@ -26,11 +26,13 @@ __all__ = [
     "FORMAT",
     "KEY",
     "KEY_BLOCK",
+    "KEY_PROMPT",
     "LOGITS",
     "LOGITS_TOPK",
     "LOGITS_TOPK_ID",
     "QUERY",
     "QUERY_BLOCK",
+    "QUERY_PROMPT",
     "QUERY_SHARD",
     "ROW_CONVENTION",
     "STEP_NUMBERS",
@@ -64,6 +66,8 @@ ATTENTION_PREFILL: Final = "attention_prefill"
 ATTENTION_SUMMARY: Final = "attention_summary"
 QUERY: Final = "query"
 KEY: Final = "key"
+QUERY_PROMPT: Final = "query_prompt"
+KEY_PROMPT: Final = "key_prompt"
 
 FEATURES: Final = ("entropy", "sink_mass", "prompt_mass", "self_weight")
 """Last axis of `attention_summary`, in this order."""
@@ -297,12 +301,16 @@ def attention_summary_layout(layers: int, heads: int) -> ArrayLayout:
 
 
 def qk_layout(name: str, layers: int, heads: int, dim: int, dtype: str) -> ArrayLayout:
-    """`query [key_pos, layer, head, dim]` or `key [key_pos, layer, kv_head, dim]`, by absolute position."""
+    """`query [step, qk_layer, qk_head, dim]` and `key [step, qk_layer, kv_head, dim]`, at the step's position.
+
+    `query_prompt` and `key_prompt` have `prompt_row` in the place of `step`: positions before the last prompt row.
+    """
     kind = _ZARR_TYPES[dtype]
     row = (layers, heads, dim)
-    positions = shard_steps(prod(row) * _ITEM_BYTES[kind])
-    dims = ("key_pos", "qk_layer", "qk_head" if name == QUERY else "kv_head", "dim")
-    return ArrayLayout(name, dims, kind, (1, *row), (positions, *row), NAN, kind == "float16")
+    count = shard_steps(prod(row) * _ITEM_BYTES[kind])
+    first = "step" if name in (QUERY, KEY) else "prompt_row"
+    dims = (first, "qk_layer", "qk_head" if name.startswith(QUERY) else "kv_head", "dim")
+    return ArrayLayout(name, dims, kind, (1, *row), (count, *row), NAN, kind == "float16")
 
 
 def asked_arrays(spec: CaptureSpec) -> tuple[str, ...]:
@@ -315,7 +323,7 @@ def asked_arrays(spec: CaptureSpec) -> tuple[str, ...]:
     if spec.summary:
         names.append(ATTENTION_SUMMARY)
     if spec.qk is not None:
-        names += [QUERY, KEY]
+        names += [QUERY, KEY, KEY_PROMPT] if spec.qk.rows == "decode" else [QUERY, KEY, KEY_PROMPT, QUERY_PROMPT]
     return tuple(names)
 
 

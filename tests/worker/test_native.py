@@ -148,7 +148,10 @@ def collect(maths: Any, case: Case, spec: records.QKSpec, sent: int) -> list[dic
     step = Step(0, works=works)
     maths.collect(step, case.layer, works, case.query, case.cache, SimpleNamespace(block_table=case.table, causal=True))
     maths.finish(step)
-    out = [{name: (on_host(values).copy(), start) for name, values, start in work.blocks} for work in works]
+    out = [
+        {name: (on_host(values).copy(), start) for name, values, start in (*work.blocks, *work.arrays)}
+        for work in works
+    ]
     maths.release(step)
     return out
 
@@ -182,10 +185,14 @@ def test_rows_rebuilt_from_queries_and_keys_are_those_of_the_worker(case: Case) 
     }  # fmt: skip
     native_maths = NativeMaths(native.load(), [case.layer], 3)
     whole = [Work(work.row, traced(WHOLE, list(range(case.layer.info.num_heads)))) for work in case.works]
-    stored, _ = attend(native_maths, replace(case, works=whole))
+    whole = [replace(work, row=replace(work.row, prompt_tokens=work.row.position + 1)) for work in whole]
+    case = replace(case, works=whole)
+    stored, _ = attend(native_maths, case)
     for work, arrays, blocks in zip(case.works, stored, collect(native_maths, case, records.QKSpec(), 0), strict=True):
-        query, key = blocks["query"][0][:, 0], blocks["key"][0][:, 0]
-        rows = rebuild_rows(query, key, np.array([work.row.position]), facts)
+        key = blocks["key"][0][:1]
+        if "key_prompt" in blocks:
+            key = np.concatenate([blocks["key_prompt"][0][:, 0], key])
+        rows = rebuild_rows(blocks["query"][0][:1], key, np.array([work.row.position]), facts)
         np.testing.assert_allclose(rows[:, 0], arrays["attention"][0], rtol=0, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from tracer.worker.attention import FEATURES, attention_last_rows
 from tracer.worker.layers import Layer
 from tracer.worker.native import NativeError
 from tracer.worker.native_layer import CODES, NativeLayer, address_of, addresses_of
-from tracer.worker.native_qk import STORED, QKPlan, at_least, qk_blocks, qk_plan
+from tracer.worker.native_qk import STORED, QKPlan, at_least, keep_qk, qk_plan
 from tracer.worker.rows import require_causal
 from tracer.worker.work import Step, Work
 
@@ -234,7 +234,7 @@ class NativeMaths:
         if buffers.qk_plan is not None:
             for work in step.works:
                 if work.has_qk:
-                    work.blocks += qk_blocks(work, *buffers.qk_plan.arrays[buffers.qk_plan.places[id(work)]])
+                    keep_qk(work, *buffers.qk_plan.arrays[buffers.qk_plan.places[id(work)]])
         if buffers.plan is not None:
             for work in step.works:
                 if work.has_row:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from tracer.records import LayerInfo
 from tracer.worker.native_layer import address_of
-from tracer.worker.work import Stored, Work
+from tracer.worker.work import Work
 
-__all__ = ["STORED", "QKPlan", "at_least", "qk_blocks", "qk_dtype", "qk_plan"]
+__all__ = ["STORED", "QKPlan", "at_least", "keep_qk", "qk_dtype", "qk_plan"]
 
 STORED: Final[dict[str, tuple[int, Any]]] = {"f32": (0, np.dtype(np.float32)), "f16": (2, np.dtype(np.float16))}
 """Element types on disk: their number in kernels.c, and NumPy's."""
@@ -66,13 +66,16 @@ def qk_plan(works: Sequence[Work], layer: LayerInfo, count: int, buffer: Bytes, 
     return QKPlan(buffer, picks, addresses, arrays, {id(work): place for place, work in enumerate(works)})
 
 
-def qk_blocks(work: Work, queries: Any, keys: Any) -> list[Stored]:
-    """The arrays [positions, layers, heads, head_size] with the absolute position of their first row."""
-    first, count = work.queries
-    position = work.row.computed + first - work.row.first
-    out: list[Stored] = [("query", queries, (position, 0, 0, 0))] if count else []
-    start, more = work.keys
-    return [*out, ("key", keys, (start, 0, 0, 0))] if more else out
+def keep_qk(work: Work, queries: Any, keys: Any) -> None:
+    """Split queries and keys [positions, layers, heads, head_size] into the step's own row and those of the prompt."""
+    row = work.row
+    first, start = work.queries[0], work.keys[0]
+    for name, values, position in (("query", queries, row.computed + first - row.first), ("key", keys, start)):
+        before = max(min(row.prompt_tokens - 1, row.position + 1) - position, 0)
+        if min(before, len(values)):
+            work.blocks.append((f"{name}_prompt", values[:before], (position, 0, 0, 0)))
+        if row.samples and len(values) and position + len(values) == row.position + 1:
+            work.arrays.append((name, values[-1], (0, 0, 0)))
 
 
 def at_least(buffer: Bytes, size: int) -> Bytes:

@@ -10,7 +10,7 @@ import torch
 from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker.attention import row_features, summarise
 from tracer.worker.layers import Layer
-from tracer.worker.native_qk import qk_blocks, qk_dtype
+from tracer.worker.native_qk import keep_qk, qk_dtype
 from tracer.worker.pack import DTYPES
 from tracer.worker.rows import last_row_weights, past_keys, row_weights, worth_batching
 from tracer.worker.work import Step, Stored, Work
@@ -74,7 +74,7 @@ class TorchMaths:
         for work in step.works:
             _finish_attention(work)
             if work.has_qk and work.qk is not None:
-                work.blocks += qk_blocks(work, *work.qk)
+                keep_qk(work, *work.qk)
 
     def release(self, step: Step) -> None:
         """See `maths.Maths`: torch frees by itself."""

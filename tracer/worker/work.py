@@ -91,7 +91,7 @@ class Work:
     arrays: list[Stored] = field(default_factory=list)
     """What this row stores; filled once its token is known."""
     blocks: list[Stored] = field(default_factory=list)
-    """Queries and keys of this step, by position."""
+    """Queries and keys of the prompt that this step brought, by position."""
     layers_seen: int = 0
     """Layers that have given this row its weights."""
     qk_seen: int = 0
@@ -109,7 +109,7 @@ class Work:
     def keys(self) -> tuple[int, int]:
         """First position whose key is stored, and how many: all that the store has not been given yet."""
         stop = self.row.position + 1
-        start = min(self.traced.keys_sent, stop)
+        start = min(self.traced.keys_sent, stop - self.row.samples)
         return start, stop - start
 
     @property
