@@ -12,6 +12,7 @@ from typing import Literal
 
 __all__ = [
     "ArrayRecord",
+    "ArraySlice",
     "AttentionSpec",
     "AttentionSummary",
     "CaptureSpec",

@@ -114,7 +114,7 @@ def on_host(values: Any) -> np.ndarray:
 
 def attend(maths: Any, case: Case) -> tuple[list[dict[str, np.ndarray]], list[records.AttentionSummary | None]]:
     works = [Work(work.row, work.traced) for work in case.works]
-    step = Step(0, works=works)
+    step = Step(0, works=works, rows=works)
     metadata = SimpleNamespace(block_table=case.table, causal=True)
     maths.attention(step, case.layer, works, case.query, case.cache, metadata)
     maths.finish(step)
@@ -145,7 +145,7 @@ def test_rows_and_features_are_those_of_torch(case: Case) -> None:
 def collect(maths: Any, case: Case, spec: records.QKSpec, sent: int) -> list[dict[str, tuple[np.ndarray, Any]]]:
     request = records.TraceRequest("a" * 32, "b" * 16, True, records.CaptureSpec(qk=spec))
     works = [Work(work.row, Traced(request, {}, [], {0: 0}, keys_sent=sent)) for work in case.works]
-    step = Step(0, works=works)
+    step = Step(0, works=works, sources=works)
     maths.collect(step, case.layer, works, case.query, case.cache, SimpleNamespace(block_table=case.table, causal=True))
     maths.finish(step)
     out = [

@@ -7,7 +7,7 @@ from typing import Final
 
 from tracer.context import step_span_id
 from tracer.export import Channel
-from tracer.records import ArrayRecord, StepRecord
+from tracer.records import ArrayRecord, ArraySlice, StepRecord
 from tracer.worker.pack import pack
 from tracer.worker.work import Step, Work
 
@@ -19,14 +19,15 @@ POSITIONS: Final = 256
 
 def send_step(channel: Channel, step: Step, work: Work, end_ns: int) -> None:
     """Hand the record over whole; without its arrays if the queue is full; else count it."""
-    traced, record = work.traced, _record(step, work, end_ns)
+    traced = work.traced
     slots, payload = pack(work.arrays)
     # Taken before sending: the next step's forward pass may add to the list meanwhile.
     problems, traced.problems = traced.problems, []
-    if channel.send(replace(record, arrays=slots, dropped=tuple(problems)), payload):
+    record = _record(step, work, end_ns, slots, tuple(problems))
+    if channel.send(record, payload):
         return
     problems += [f"{name}: queue full" for name, _, _ in work.arrays]
-    if work.arrays and channel.send(replace(record, dropped=tuple(problems))):
+    if work.arrays and channel.send(replace(record, arrays=(), dropped=tuple(problems))):
         return
     traced.lost += 1
     traced.problems = [*problems, "step: queue full", *traced.problems]
@@ -45,7 +46,9 @@ def send_blocks(channel: Channel, work: Work) -> None:
                 traced.problems.append(f"{name}: queue full at positions {first + start} to {stop}")
 
 
-def _record(step: Step, work: Work, end_ns: int) -> StepRecord:
+def _record(
+    step: Step, work: Work, end_ns: int, arrays: tuple[ArraySlice, ...], dropped: tuple[str, ...]
+) -> StepRecord:
     row, traced, view = work.row, work.traced, step.view
     assert view is not None
     return StepRecord(
@@ -68,4 +71,6 @@ def _record(step: Step, work: Work, end_ns: int) -> StepRecord:
         logits=work.logits,
         attention=work.attention,
         capture=traced.request.capture is not None,
+        arrays=arrays,
+        dropped=dropped,
     )

@@ -126,7 +126,7 @@ class NativeMaths:
         native.check(query, cache, table)
         plan = buffers.qk_plan
         if plan is None:
-            wanting = [work for work in step.works if work.traced.qk_slots]
+            wanting = step.sources
             f32 = native.dtype == torch.float32
             plan = buffers.qk_plan = qk_plan(wanting, layer.info, self._count, buffers.qk, engine_f32=f32)
             buffers.qk = plan.buffer
@@ -163,7 +163,7 @@ class NativeMaths:
         self._scratch_at = address_of(self._scratch)
 
     def _plan(self, step: Step, buffers: _Buffers) -> _Plan:
-        works = [work for work in step.works if work.wants_row]
+        works = step.rows
         sizes = [_row_bytes(work) for work in works]
         buffers.rows = at_least(buffers.rows, sum(map(sum, sizes)))
         base, at = address_of(buffers.rows), 0

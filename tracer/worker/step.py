@@ -122,15 +122,15 @@ class StepTracer:
             return
         with self._guard("attention"), torch.no_grad():
             layer = self._layers[index]
-            works = [work for work in self._works(step) if index in work.traced.slots]
-            rows = [work for work in works if work.wants_row]
-            sources = [work for work in step.works if index in work.traced.qk_slots]
+            self._works(step)
+            rows = [work for work in step.rows if index in work.traced.slots]
+            sources = [work for work in step.sources if index in work.traced.qk_slots]
             if rows:
                 self._or_say("attention", rows, self._maths.attention, step, layer, rows, query, kv_cache, metadata)
             if sources:
                 self._or_say("qk", sources, self._maths.collect, step, layer, sources, query, kv_cache, metadata)
-            for work in works:
-                if work.wants_prompt:
+            for work in step.prompts:
+                if index in work.traced.slots:
                     self._or_say("attention_prefill", [work], self._prompt, layer, work, query, kv_cache, metadata)
 
     def _works(self, step: Step) -> list[Work]:
@@ -139,6 +139,9 @@ class StepTracer:
             step.view = self._runner.view()
             rows = [row for row in step.view.rows if row.request_id in self._traced]
             step.works = [Work(row, self._traced[row.request_id]) for row in rows]
+            step.rows = [work for work in step.works if work.wants_row]
+            step.sources = [work for work in step.works if work.traced.qk_slots]
+            step.prompts = [work for work in step.works if work.wants_prompt]
         return step.works
 
     def _or_say(self, what: str, works: list[Work], action: Callable[..., None], *arguments: Any) -> None:

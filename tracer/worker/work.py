@@ -140,6 +140,12 @@ class Step:
     start_ns: int
     view: StepView | None = None
     works: list[Work] = field(default_factory=list)
+    rows: list[Work] = field(default_factory=list)
+    """The works that want attention of their last row; worked out once, not in every layer. Likewise the next two."""
+    sources: list[Work] = field(default_factory=list)
+    """Those that want queries and keys."""
+    prompts: list[Work] = field(default_factory=list)
+    """Those that want rows of the prompt's own map."""
     logits: torch.Tensor | None = None
     """[sampled traced rows, vocab], a copy from before grammar, penalties and temperature."""
     statistics: RowStatistics | None = None
