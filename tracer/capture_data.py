@@ -159,7 +159,7 @@ class Capture:
         Lazy where rows were stored; rebuilt in float32, a layer at a time, where only queries and keys were.
         """
         if schema.ATTENTION not in self._data and self._has_qk(schema.QUERY):
-            return RebuiltLayers.decode(self._data, self._engine_layers, self.prompt_tokens, self.num_steps)
+            return self.qk
         return self._layers(schema.ATTENTION)
 
     @property
@@ -169,8 +169,20 @@ class Capture:
         Lazy or rebuilt, as `attention` is.
         """
         if schema.ATTENTION_PREFILL not in self._data and self._has_qk(schema.QUERY_PROMPT):
-            return RebuiltLayers.prefill(self._data, self._engine_layers, self.prompt_tokens)
+            return self.qk_prefill
         return self._layers(schema.ATTENTION_PREFILL)
+
+    @property
+    def qk(self) -> RebuiltLayers:
+        """Like `attention`, always rebuilt from queries and keys; KeyError says what exists instead."""
+        self._variable(schema.QUERY)
+        return RebuiltLayers.decode(self._data, self._engine_layers, self.prompt_tokens, self.num_steps)
+
+    @property
+    def qk_prefill(self) -> RebuiltLayers:
+        """Like `attention_prefill`, always rebuilt; KeyError says what exists instead."""
+        self._variable(schema.QUERY_PROMPT)
+        return RebuiltLayers.prefill(self._data, self._engine_layers, self.prompt_tokens)
 
     def _has_qk(self, query: str) -> bool:
         return query in self._data and schema.KEY in self._data and "qk_layer" in self._data

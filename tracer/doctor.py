@@ -297,7 +297,7 @@ def _server_view(server: Server) -> Text:
     text = Text(f"server {server.pid}: {engine['model']}", style="bold")
     text.append(
         f"\n  vLLM {engine['vllm_version']}, runner {engine['runner']}, {engine['device']}, {engine['dtype']}, "
-        f"{server.workers} worker(s)",
+        f"{server.workers} worker(s), {engine.get('kernels', 'torch')} kernels",
         style="not bold",
     )
     logits = engine.get("logits_unsupported")

@@ -11,12 +11,14 @@ import pytest
 
 from tests.integration.models import FAMILIES, make_model
 from tests.integration.oracle import oracle
-from tracer import open_capture
+from tracer import config, open_capture
+from tracer.export import engine_infos
+from tracer.worker.native import NativeError
 
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-5
-WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32"
+WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32, qk;rows=all"
 COMPILED = {"llama", "gemma2"}
 
 
@@ -28,9 +30,24 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def test_attention_and_logits_equal_eager(
     family: str, models: Path, offline: Callable[..., Any], generate: Callable[..., Any]
 ) -> None:
-    path, tokens = make_model(family, models), prompt(70)
-    eager = family not in COMPILED
-    with offline(path, enforce_eager=eager) as (llm, record), record(WHOLE) as run:
+    check(make_model(family, models), "native", family in COMPILED, offline, generate)
+
+
+def test_torch_gives_the_same_where_the_kernels_cannot_be_built(
+    models: Path, offline: Callable[..., Any], generate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler() -> Any:
+        raise NativeError("there is no C compiler")
+
+    monkeypatch.setattr("tracer.worker.maths.load", no_compiler)
+    check(make_model("gpt_oss", models), "torch", False, offline, generate)
+
+
+def check(path: Path, kernels: str, compiled: bool, offline: Callable[..., Any], generate: Callable[..., Any]) -> None:
+    """Every row of one greedy answer is eager's, as it was stored and as it is rebuilt."""
+    tokens = prompt(70)
+    with offline(path, enforce_eager=not compiled) as (llm, record), record(WHOLE) as run:
+        assert {info.kernels for info in engine_infos(config.load())} == {kernels}
         [answer] = generate(llm, [tokens])
     want, cap = oracle(path, tokens + answer), open_capture(run.store, run.span_ids[0])
     assert cap.complete, cap.missing
@@ -40,6 +57,9 @@ def test_attention_and_logits_equal_eager(
     for layer in range(layers):
         got = np.asarray(cap.attention_prefill[layer])[..., :70]
         np.testing.assert_allclose(got, want.attention[layer][:, :70, :70], rtol=0, atol=TOLERANCE)
+        rebuilt = np.asarray(cap.qk_prefill[layer])
+        np.testing.assert_allclose(rebuilt, want.attention[layer][:, :70, :70], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(np.asarray(cap.qk[layer]), np.asarray(cap.attention[layer]), rtol=0, atol=TOLERANCE)
         for step in range(len(answer)):
             for head in range(heads):
                 row = cap.row(step=step, layer=layer, head=head)

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-5
 LOGITS_TOLERANCE = 1e-4
-DECODE = "logits;dtype=f32, attention;dtype=f32"
-WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32"
+DECODE = "logits;dtype=f32, attention;dtype=f32, qk"
+WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32, qk;rows=all"
 BLOCK = 32
 """Tokens per block: the least that the CPU engine prefers."""
 
@@ -38,12 +38,16 @@ def check(path: Path, ask: Ask, answer: Answer) -> None:
     assert logits.argmax(axis=1).tolist() == answer.tokens
     np.testing.assert_allclose(logits, want.logits[length - 1 : length - 1 + steps], rtol=0, atol=LOGITS_TOLERANCE)
     for layer in capture.attention:
+        stored = np.asarray(capture.attention[layer])
+        np.testing.assert_allclose(np.asarray(capture.qk[layer]), stored, rtol=0, atol=TOLERANCE)
         for step, row in enumerate(rows_of(capture, layer)):
             expected = want.attention[layer, :, length - 1 + step, : length + step]
             np.testing.assert_allclose(row, expected, rtol=0, atol=TOLERANCE)
         if "rows=all" in ask.capture:
             got = np.asarray(capture.attention_prefill[layer])[..., :length]
             np.testing.assert_allclose(got, want.attention[layer, :, :length, :length], rtol=0, atol=TOLERANCE)
+            rebuilt = np.asarray(capture.qk_prefill[layer])
+            np.testing.assert_allclose(rebuilt, want.attention[layer, :, :length, :length], rtol=0, atol=TOLERANCE)
 
 
 def chunks_of(sent: list[Any], answer: Answer) -> list[StepRecord]:
