@@ -220,8 +220,8 @@ class Capture:
     def _open(self, **options: Any) -> xr.Dataset:
         consolidated = self._group.metadata.consolidated_metadata is not None
         return xr.open_dataset(
-            self._group.store,  # type: ignore[arg-type]
-            group=self._group.path,
+            # Not store and group: xarray looks for consolidated metadata at the root of a store alone.
+            self._group.store_path,  # type: ignore[arg-type]
             engine="zarr",
             chunks=None,
             cache=False,
