@@ -45,7 +45,7 @@ class Spool:
         self._known = 0
         self._open: set[Path] = set()
         self._unmeasured = 0
-        """Bytes handed to the writer since the last look, before compression: the bound holds between two looks."""
+        """Bytes handed to the writer since it was last measured, before compression and padding."""
 
     @property
     def used(self) -> int:
@@ -60,6 +60,11 @@ class Spool:
     def opened(self, path: Path) -> None:
         """That capture is being written by this process."""
         self._open.add(path)
+
+    @property
+    def has_room(self) -> bool:
+        """True if a capture may begin: what every capture says about itself needs room too, beside its rows."""
+        return self.used + MB < self.limit
 
     def admit(self, size: int) -> bool:
         """Book `size` bytes more, or say that they do not fit."""

@@ -99,7 +99,7 @@ class ZarrExporter:
             return
         if not (schema.is_trace_id(start.trace_id) and schema.is_span_id(start.span_id)):
             raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
-        if self.remote is not None and not self.remote.spool.admit(0):
+        if self.remote is not None and not self.remote.spool.has_room:
             raise self.remote.spool.full()
         with self.remote.spool.locked() if self.remote is not None else contextlib.nullcontext():
             self._make(start)

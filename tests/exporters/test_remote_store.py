@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,46 +10,13 @@ import xarray as xr
 import zarr
 from obstore.store import from_url
 
-from exporters.zarr_writer import ZarrExporter
+from tests.exporters.buckets import SECONDS, Export, export, objects
 from tests.exporters.seaweed import Seaweed
-from tests.exporters.synthetic import NOTHING, Synthetic, engine, wipe, write
+from tests.exporters.synthetic import NOTHING, Synthetic, engine, write
 from tests.exporters.test_zarr_writer import check
 from tracer import find_captures, open_capture, remote
 from tracer.config import Settings, spool_directory
 from tracer.errors import CaptureNotFoundError, MissingExtraError, SettingsError
-
-SECONDS = 60.0
-
-Export = Callable[..., ZarrExporter]
-
-
-@pytest.fixture
-def exporter(bucket: str, tmp_path: Path) -> Iterator[Export]:
-    """`exporter(**settings)` for the bucket, with a spool in the temporary folder."""
-    made: list[ZarrExporter] = []
-
-    def make(**settings: Any) -> ZarrExporter:
-        out = ZarrExporter(Settings(**{"store": bucket, "spool": str(tmp_path / "spool"), **settings}))
-        made.append(out)
-        return out
-
-    yield make
-    for out in made:
-        out.shutdown(0.0)
-
-
-def export(out: ZarrExporter, *generations: Synthetic) -> None:
-    for generation in generations:
-        for record, payload in generation.records():
-            out.export(record, payload)
-            wipe(payload)
-
-
-def objects(url: str) -> dict[str, bytes]:
-    """Every object below a URL, by its path."""
-    place = remote.locate(url)
-    keys = [item["path"] for page in place.bucket.list(prefix=f"{place.key}/") for item in page]
-    return {key.removeprefix(f"{place.key}/"): bytes(place.bucket.get(key).bytes()) for key in keys}
 
 
 def files(root: Path) -> dict[str, bytes]:
