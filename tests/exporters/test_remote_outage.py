@@ -25,7 +25,6 @@ from tracer import find_captures, open_capture
 from tracer.config import Settings, spool_directory
 from tracer.errors import CaptureNotFoundError, StoreError
 
-
 pytestmark = pytest.mark.slow
 
 
@@ -77,7 +76,7 @@ def test_a_bucket_that_goes_away_and_comes_back_loses_nothing(
     assert (out.lost, out.problem, out.pending()) == ({}, None, frozenset())
     for generation in (before, *during):
         data = open_capture(bucket, generation.span_id).to_xarray()
-        check(generation, lambda name, data=data: data[name].to_numpy())  # type: ignore[misc]
+        check(generation, lambda name, data=data: data[name].to_numpy())
     away, back = said(caplog)
     assert f"{bucket} does not take captures" in away
     assert "captures wait in" in away
@@ -179,7 +178,7 @@ def test_what_a_killed_exporter_left_goes_up_at_the_next_start(
     for generation in many(3):
         found = open_capture(bucket, generation.span_id)
         assert found.complete
-        check(generation, lambda name, found=found: found.to_xarray()[name].to_numpy())  # type: ignore[misc]
+        check(generation, lambda name, found=found: found.to_xarray()[name].to_numpy())
     left = [path.name for path in spool_directory(settings).glob("*/*") if path.is_dir()]
     assert left == ["f" * 16], "what was never closed stays"
     assert len(find_captures(bucket)) == 3
@@ -197,7 +196,7 @@ def test_a_reader_never_sees_half_a_capture(exporter: Export, bucket: str) -> No
                 if entry.span_id not in seen:
                     generation = generations[int(entry.span_id, 16) - 1]
                     data = open_capture(bucket, entry.span_id).to_xarray()
-                    check(generation, lambda name, data=data: data[name].to_numpy())  # type: ignore[misc]
+                    check(generation, lambda name, data=data: data[name].to_numpy())
                     seen.add(entry.span_id)
 
     watcher = threading.Thread(target=watch)
