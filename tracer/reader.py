@@ -6,6 +6,7 @@ cap.tokens; cap.logits; cap.attention[12]; cap.row(step=7, layer=12, head=3); ca
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -80,10 +81,8 @@ def open_capture(store: str | os.PathLike[str], span_id: str | None = None) -> C
         return _open(_only(wanted, _captures_below(f"{root}/{wanted}")))
     if not schema.is_span_id(generation) or (trace and not schema.is_trace_id(trace)):
         raise CaptureNotFoundError(f"{span_id!r} is neither a span ID (16 hexadecimal digits) nor a trace ID (32)")
-    traces = (f"{root}/{trace}",) if trace else _traces_of(root, generation)
-    candidates = (f"{where}/{generation}" for where in traces)
-    path = next((candidate for candidate in candidates if _kind(candidate) == "capture"), None)
-    return _open(path) if path is not None else _by_step_span(root, generation)
+    found = _generation(root, trace, generation)
+    return found if found is not None else _by_step_span(root, generation)
 
 
 def find_captures(root: str | os.PathLike[str]) -> list[CaptureEntry]:
@@ -123,10 +122,25 @@ def _open(path: str, step_index: int | None = None) -> Capture:
     return Capture(path, group, step_index)
 
 
+def _generation(root: str, trace: str, generation: str) -> Capture | None:
+    """The capture of that generation span, if the store has it; `trace` may be empty."""
+    for where in (f"{root}/{trace}",) if trace else _traces_of(root, generation):
+        path = f"{where}/{generation}"
+        if config.is_remote(root):  # Asking for its kind first would be one more request.
+            with contextlib.suppress(CaptureNotFoundError):
+                return _open(path)
+        elif _kind(path) == "capture":
+            return _open(path)
+    return None
+
+
 def _by_step_span(root: str, span_id: str) -> Capture:
     """Look through the `span_id` arrays of every capture."""
     number = int(span_id, 16)
     paths = list(_captures_below(root))
+    for path in paths:
+        if path.endswith(f"/{span_id}"):  # It was copied into a bucket without the index.
+            return _open(path)
     for path, spans in _step_spans(root, paths):
         rows = np.flatnonzero(spans == np.uint64(number))
         if len(rows):

@@ -62,6 +62,9 @@ def test_our_reader_reads_the_url(exporter: Export, bucket: str) -> None:
             open_capture(bucket, wanted)
     with pytest.raises(CaptureNotFoundError, match="no capture at"):
         open_capture(f"{path[:-1]}0")
+    place = remote.locate(bucket)
+    place.bucket.delete(place.join(remote.index_key(generation.span_id, generation.trace_id)))
+    assert open_capture(bucket, generation.span_id).location == path, "copied without the index"
 
 
 def test_a_stranger_reads_it_with_plain_libraries(exporter: Export, seaweed: Seaweed, bucket: str) -> None:
