@@ -11,12 +11,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from exporters.spool import MB, Spool, files_of
+from exporters.spool import MB, Spool, files_of, is_closed
 from tracer import config, remote
 from tracer._guard import Guard
 from tracer.config import Settings
@@ -136,26 +136,33 @@ class RemoteStore:
             for path in sent:
                 self.spool.remove(path)
         self.uploaded += len(sent)
-        unreadable = {path: error for path, error in failures.items() if isinstance(error, OSError) and error.errno}
-        for path, error in unreadable.items():
-            del failures[path]
-            LOG.error("tensorspan: %s cannot be read and stays where it is: %s", path, error)
-        self._unreadable |= unreadable.keys()
-        self._settle(batch, failures)
-        if failures:
-            self._note_absence(next(iter(failures.values())))
+        elsewhere = [path for path in batch if path not in ours and is_closed(path)]
+        away = self._set_aside(failures)
+        self._settle(batch, [*elsewhere, *away])
+        if away:
+            self._note_absence(next(iter(away.values())))
         elif sent:
             self._note_return()
+        elif elsewhere:  # Another exporter is sending all of these: look again when it may be done.
+            threading.Event().wait(MEASURE_SECONDS / 10)
 
-    def _settle(self, batch: Iterable[Path], failures: Collection[Path]) -> None:
-        """Strike off what need not be sent again; what failed goes to the end, so that nothing blocks the rest.
+    def _set_aside(self, failures: Mapping[Path, BaseException]) -> dict[Path, BaseException]:
+        """The failures that are the bucket's; captures that cannot be read are said and left where they are."""
+        away = {}
+        for path, error in failures.items():
+            if isinstance(error, OSError) and error.errno:
+                LOG.error("tensorspan: %s cannot be read and stays where it is: %s", path, error)
+                self._unreadable.add(path)
+            else:
+                away[path] = error
+        return away
 
-        What was not ours to send has gone, or its owner sends it: a later look finds it if that one dies.
-        """
+    def _settle(self, batch: Iterable[Path], again: Iterable[Path]) -> None:
+        """Strike off what has gone; what is to be tried again goes to the end, so that it blocks nothing."""
         with self._changed:
             for path in batch:
                 self._waiting.pop(path, None)
-            self._waiting |= dict.fromkeys(failures)
+            self._waiting |= dict.fromkeys(again)
             self._changed.notify_all()
 
     async def _send_all(self, paths: Sequence[Path]) -> dict[Path, BaseException]:
@@ -165,8 +172,16 @@ class RemoteStore:
             place = remote.locate(self.url, writing=True)
         except Exception as error:  # noqa: BLE001 - a missing library or a wrong URL keeps captures waiting like an outage
             return dict.fromkeys(paths, error)
+        measuring = asyncio.create_task(self._measure())
         outcomes = await asyncio.gather(*(self._send(place, path, turn) for path in paths), return_exceptions=True)
+        measuring.cancel()
         return {path: error for path, error in zip(paths, outcomes, strict=True) if isinstance(error, BaseException)}
+
+    async def _measure(self) -> None:
+        """What is being written meanwhile is booked uncompressed until it is measured."""
+        while True:
+            await asyncio.sleep(MEASURE_SECONDS)
+            self.spool.measure()
 
     async def _send(self, place: remote.Place, path: Path, turn: asyncio.Semaphore) -> None:
         """One capture: groups above it and data, then the arrays' metadata and the index, at last its own group."""

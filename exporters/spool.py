@@ -19,7 +19,7 @@ from typing import Final
 from tracer import schema
 from tracer.errors import StoreError
 
-__all__ = ["MB", "Spool", "SpoolFullError", "files_of"]
+__all__ = ["MB", "Spool", "SpoolFullError", "files_of", "is_closed"]
 
 MB: Final = 1_000_000
 LOCK: Final = ".lock"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +125,29 @@ def test_nothing_is_sent_before_a_capture_is_closed(exporter: Export, bucket: st
     out.export(generation.end(1), NOTHING)
     assert out.force_flush(SECONDS)
     assert len(find_captures(bucket)) == 1
+
+
+def test_a_capture_that_another_exporter_sends_is_waited_for(exporter: Export, bucket: str) -> None:
+    generation, out = Synthetic(), exporter()
+    assert out.remote is not None
+    path = generation.path(out.remote.spool.root)
+    *records, end = generation.records()
+    for record, payload in records:
+        out.export(record, payload)
+    with contextlib.ExitStack() as held:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        held.callback(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        out.export(*end)
+        assert not out.force_flush(0.3)
+        assert out.pending() == {generation.span_id}
+    assert out.force_flush(SECONDS)
+    assert open_capture(bucket, generation.span_id).complete
+
+
+def test_a_whole_bucket_may_be_the_store(exporter: Export, seaweed: Seaweed) -> None:
+    generation, out = Synthetic(), exporter(store="s3://whole-bucket")
+    export(out, generation)
+    assert out.force_flush(SECONDS)
+    assert open_capture("s3://whole-bucket", generation.span_id).complete
+    assert [entry.span_id for entry in find_captures("s3://whole-bucket/")] == [generation.span_id]
