@@ -246,6 +246,7 @@ class Capture:
             # Not store and group: xarray looks for consolidated metadata at the root of a store alone.
             self._group.store_path,  # type: ignore[arg-type]
             engine="zarr",
+            zarr_format=3,  # Nobody need look for version 2.
             chunks=None,
             cache=False,
             consolidated=consolidated,

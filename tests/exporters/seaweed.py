@@ -90,7 +90,7 @@ class Seaweed:
             # No telemetry, no further services, no sockets outside the folder, small files, no long election.
             "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
             f"-filer.localSocket={self.folder / 'f.sock'}", f"-s3.localSocket={self.folder / 's.sock'}",
-            "-volume.max=50", "-master.volumeSizeLimitMB=64", "-master.electionTimeout=1s",
+            "-volume.max=200", "-master.volumeSizeLimitMB=64", "-master.electionTimeout=1s",
         ]  # fmt: skip
 
 
