@@ -17,7 +17,7 @@ import pytest
 from deploy.model import demo_model
 from tests.exporters.seaweed import Seaweed
 from tests.integration.server import Server, free_port, server_environment
-from tracer import config, find_captures, open_capture
+from tracer import config, find_captures, open_capture, remote
 
 pytestmark = pytest.mark.engine
 
@@ -147,6 +147,7 @@ def test_vllm_without_our_launcher(tmp_path: Path) -> None:
 
 def test_a_bucket(seaweed: Seaweed, tmp_path: Path) -> None:
     variables = seaweed.environment()
+    remote.locate("s3://bucket").bucket.put("made", b"")  # This server makes a bucket for its first object.
     assert re.findall(r"(\w+)=", command("export AWS_")) == list(variables)
     server = serve(
         command("tensorspan serve MODEL --store s3:"), tmp_path, TENSORSPAN_SPOOL=str(tmp_path / "spool"), **variables
