@@ -82,17 +82,19 @@ class ZarrExporter:
 
         What has not reached the bucket by then stays in its spool.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline, in_time = time.monotonic() + timeout_s, True
         for span_id, capture in list(self._open.items()):
-            if time.monotonic() > deadline:
-                return False
+            in_time = time.monotonic() <= deadline
+            if not in_time:
+                break
             try:
                 capture.interrupted(time.time_ns())
             except FAILURES as error:
                 self._fail(span_id, error)
             if self._open.pop(span_id, None) is not None:
                 self._closed(capture)
-        return self.remote is None or self.remote.shutdown(max(deadline - time.monotonic(), 0.0))
+        sent = self.remote is None or self.remote.shutdown(max(deadline - time.monotonic(), 0.0))
+        return in_time and sent
 
     def _begin(self, start: GenerationStart) -> None:
         if start.capture is None:
