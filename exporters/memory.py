@@ -31,6 +31,10 @@ class MemoryExporter:
         """Nothing is ever held back."""
         return True
 
+    def pending(self) -> tuple[str, ...]:
+        """Items are where they are found at once."""
+        return ()
+
     def shutdown(self, timeout_s: float) -> bool:
         """Items stay."""
         return True

@@ -119,6 +119,10 @@ class OtelExporter:
         """Send the spans that are finished; False if that took longer than `timeout_s` or the collector failed."""
         return self._sender.flush(timeout_s)
 
+    def pending(self) -> tuple[str, ...]:
+        """Nothing that a flush waits for: a collector may be away for hours."""
+        return ()
+
     def shutdown(self, timeout_s: float) -> bool:
         """Send what is finished and stop; False if something was left after `timeout_s`."""
         for family in self._families.values():

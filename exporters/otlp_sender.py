@@ -147,19 +147,14 @@ class Sender:
 
 
 def open_transport(settings: Settings) -> Callable[[], SpanExporter]:
-    """What opens the exporter that `OTEL_*` asks for; without a collector, a file in the store.
+    """What opens the exporter that `OTEL_*` asks for; without a collector, a file in the store, or in its spool.
 
-    Raises SettingsError for an unknown protocol, and where there is neither a collector nor a local store;
-    MissingExtraError if the protocol's package is not installed.
+    Raises SettingsError for an unknown protocol, MissingExtraError if the protocol's package is not installed.
     """
     protocol = config.otlp_protocol()
     if protocol is None:
-        if "://" in settings.store:
-            raise SettingsError(
-                f"no collector is configured and the store {settings.store} is not a local directory, so spans have "
-                "nowhere to go; set OTEL_EXPORTER_OTLP_ENDPOINT, or TENSORSPAN_TRACE=0 to have none"
-            )
-        return lambda: _file_exporter(spans_file(settings.store))
+        # Files that grow have no place in a bucket: there the spool keeps them.
+        return lambda: _file_exporter(spans_file(config.local_store(settings)))
     builders: dict[str, Callable[[], SpanExporter]] = {"grpc": _grpc_exporter, "http/protobuf": _http_exporter}
     if protocol not in builders:
         raise SettingsError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol!r} must be one of {', '.join(sorted(builders))}")
@@ -168,10 +163,10 @@ def open_transport(settings: Settings) -> Callable[[], SpanExporter]:
     return lambda: exporter
 
 
-def spans_file(store: str) -> Path:
+def spans_file(store: Path) -> Path:
     """Where this process writes its spans: `<store>/spans/<UTC start time>-<pid>.jsonl`."""
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return Path(store) / "spans" / f"{moment}-{os.getpid()}.jsonl"
+    return store / "spans" / f"{moment}-{os.getpid()}.jsonl"
 
 
 def _file_exporter(path: Path) -> SpanExporter:

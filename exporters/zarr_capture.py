@@ -78,6 +78,11 @@ class OpenCapture:
         if start.prompt_token_ids:
             self._write_flat("prompt_token_id", "prompt_pos", np.array(start.prompt_token_ids, np.int32))
 
+    @property
+    def directory(self) -> Path:
+        """Where the group is."""
+        return self._directory
+
     def step(self, record: StepRecord, payload: memoryview) -> None:
         """Store what one step brought."""
         step = record.step

@@ -1,12 +1,32 @@
-"""What holds for every test: mistakes of ours are raised, not swallowed."""
+"""What holds for every test: mistakes of ours are raised, not swallowed; and the S3 server that several need."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.exporters.seaweed import Seaweed
 from tracer._guard import Guard
 
 
 @pytest.fixture(autouse=True)
 def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guard, "strict", True)
+
+
+@pytest.fixture(scope="session")
+def running_seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """One server for the session."""
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def seaweed(running_seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Seaweed:
+    """The server, with its credentials in this process's environment."""
+    for name, value in running_seaweed.environment().items():
+        monkeypatch.setenv(name, value)
+    return running_seaweed

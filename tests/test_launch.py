@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tracer.cli import main
 from tracer.config import Settings
 from tracer.errors import MissingExtraError, SettingsError, StoreError
 from tracer.launch import MIDDLEWARE, serve_command, serve_settings
-from tracer.offline import store_directory
+from tracer.offline import ready_store, store_directory
 
 MIDDLE = ["--middleware", MIDDLEWARE]
 HOST = ["--host", "127.0.0.1"]
@@ -117,6 +118,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     values = {
         "store": str(tmp_path / "new"), "capture": "key", "capture-key": "s", "capture-text": "0", "trace": "0",
         "steps": "3", "topk": "4", "queue-mb": "5", "request-mb": "6", "codec": "none", "content": "1",
+        "spool": str(tmp_path / "spool"), "spool-mb": "7",
     }  # fmt: skip
     options = [part for name, value in values.items() for part in (f"--{name}", value)]
     main(["serve", "m", "--port", "8", *options[:8], "--seed", "1", *options[8:]])
@@ -144,6 +146,39 @@ def test_a_store_that_cannot_be_written_stops_before_vllm(
     assert "--store" in message
     with pytest.raises(StoreError):
         store_directory(str(tmp_path / "file" / "below"))
+
+
+def test_a_bucket_needs_a_spool_and_is_not_asked(tmp_path: Path) -> None:
+    settings = Settings(store="s3://bucket/captures/", spool=str(tmp_path / "spool"))
+    ready = ready_store(settings)
+    assert (ready.store, ready.spool) == ("s3://bucket/captures", settings.spool)
+    (made,) = (tmp_path / "spool").iterdir()
+    assert made == config.spool_directory(ready)
+    assert made.name.startswith("s3-bucket-captures-")
+    assert made.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(SettingsError, match="s3://bucket/prefix"):
+        ready_store(replace(settings, store="http://bucket/captures"))
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="TENSORSPAN_SPOOL"):
+        ready_store(replace(settings, spool=str(tmp_path / "file")))
+
+
+def test_each_bucket_has_its_own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    one, other = (config.spool_directory(Settings(store=f"s3://bucket/{name}")) for name in ("a", "b"))
+    assert one != other
+    assert one.parent == other.parent == tmp_path / "tensorspan" / "spool"
+
+
+def test_a_bucket_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(os, "execvpe", lambda _, command, environment: seen.update(environment))
+    monkeypatch.setattr(launch, "_importable", lambda module: True)
+    main(["serve", "m", "--store", "s3://bucket/captures", "--spool", "spool"])
+    assert seen["TENSORSPAN_STORE"] == "s3://bucket/captures"
+    assert seen["TENSORSPAN_SPOOL"] == str(tmp_path / "spool")
+    assert [path.name for path in tmp_path.iterdir()] == ["spool"]
 
 
 def test_the_store_is_private(tmp_path: Path) -> None:

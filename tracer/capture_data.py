@@ -17,7 +17,7 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from tracer import schema
+from tracer import config, remote, schema
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
 from tracer.errors import CaptureNotFoundError, FormatError
 from tracer.rebuilt import RebuiltLayers
@@ -136,7 +136,24 @@ class Capture:
 
     def _column(self, name: str) -> Array:
         """A one-dimensional array, read whole; empty if the capture has none."""
+        if name in self._fetched:
+            return self._fetched[name]
         return np.asarray(self._array(name)[:]) if name in self._group else np.empty(0, np.int64)
+
+    @cached_property
+    def _fetched(self) -> dict[str, Array]:
+        """All one-dimensional arrays of a closed capture in a bucket, by one round of requests; else none.
+
+        Each is one raw chunk (docs/store-format.md); through Zarr they would come one after the other.
+        """
+        if not (self.closed and config.is_remote(self.location)):
+            return {}
+        flat = {name: array for name, array in self._group.arrays() if array.ndim == 1}
+        chunks = remote.read([f"{self.location}/{name}/c.0" for name in flat])
+        return {
+            name: np.frombuffer(data or b"", array.metadata.dtype.to_native_dtype())
+            for (name, array), data in zip(flat.items(), chunks, strict=True)
+        }
 
     def _token_bytes(self, count: int) -> list[bytes | None]:
         edges = self._column("token_offset")
@@ -242,7 +259,13 @@ class Capture:
                 lengths = zip(variable.dims, array.shards or array.chunks, strict=True)
                 # Shards along `step` are powers of two: the longest is a multiple of all others.
                 sizes |= {str(dim): max(length, sizes.get(str(dim), 1)) for dim, length in lengths}
-        big = {name: v.chunk({d: sizes[str(d)] for d in v.dims}) for name, v in self._data.items() if v.ndim > 1}
+        # With a token of ours, for else dask would pickle the store to make one, which takes long for a bucket's.
+        token = f"{self.location} {self.attrs.get('end_ns')} {self.num_steps}"
+        big = {
+            name: v.chunk({d: sizes[str(d)] for d in v.dims}, token=f"{token} {name}")
+            for name, v in self._data.items()
+            if v.ndim > 1
+        }
         return self._data.assign(big)
 
     @cached_property
@@ -257,9 +280,10 @@ class Capture:
     def _open(self, **options: Any) -> xr.Dataset:
         consolidated = self._group.metadata.consolidated_metadata is not None
         return xr.open_dataset(
-            self._group.store,  # type: ignore[arg-type]
-            group=self._group.path,
+            # Not store and group: xarray looks for consolidated metadata at the root of a store alone.
+            self._group.store_path,  # type: ignore[arg-type]
             engine="zarr",
+            zarr_format=3,  # Nobody need look for version 2.
             chunks=None,
             cache=False,
             consolidated=consolidated,

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         show.add_argument(f"--{name}", type=_count, metavar="N", help=text)
     doctor = add("doctor", _doctor, "what this installation can capture, and why not")
     for command in (tree, show, doctor):
-        command.add_argument("--store", metavar="DIR", help="default: TENSORSPAN_STORE or ./captures")
+        command.add_argument("--store", metavar="DIR|URL", help="default: TENSORSPAN_STORE or ./captures")
     for command in (listing, tree, show, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -128,7 +128,7 @@ def _tree(options: argparse.Namespace) -> int:
 
     from tracer import show
     from tracer.reader import find_captures, open_capture
-    from tracer.spans_file import read_trace
+    from tracer.spans_file import read_trace, spans_directory
 
     store, trace_id = _find_trace(options.id, _store(options))
     trace = read_trace(store, trace_id)
@@ -136,7 +136,8 @@ def _tree(options: argparse.Namespace) -> int:
     if options.json:
         roots = [show.span_facts(root, tokens) for root in trace.roots]
         return _print_json({"trace_id": trace_id, "store": store, "source": trace.source, "roots": roots})
-    source = f"{store}/spans" if trace.source == "spans" else f"rebuilt from the captures in {store}"
+    folder = spans_directory(store) if config.is_remote(store) else f"{store}/spans"
+    source = folder if trace.source == "spans" else f"rebuilt from the captures in {store}"
     show.emit(Text(f"trace {trace_id}  ({source})", style="dim"), show.trace_table(trace, tokens, options.steps))
     return 0
 
@@ -173,7 +174,11 @@ def _doctor(options: argparse.Namespace) -> int:
 def _store(options: argparse.Namespace) -> str:
     """The store that the command line or the settings name; CaptureNotFoundError if it is not there."""
     store = str(options.store or config.load().store).rstrip("/") or "/"
-    if "://" not in store and not Path(store).is_dir() and not _is_place(getattr(options, "id", None)):
+    if (
+        not config.is_remote(store)
+        and not config.local_path(store).is_dir()
+        and not _is_place(getattr(options, "id", None))
+    ):
         raise CaptureNotFoundError(f"no store at {store}; name the server's with --store, or run where it runs")
     return store
 
@@ -205,8 +210,12 @@ def _find_trace(identifier: str | None, store: str) -> tuple[str, str]:
         return store, newest_trace(store)
     if _is_place(identifier):
         place = identifier.rstrip("/")
-        if is_span_id(Path(place).resolve().name) and is_trace_id(Path(place).resolve().parent.name):
-            place = str(Path(place).resolve().parent)
+        if not config.is_remote(place):
+            place = str(config.local_path(place))
+        full = place if config.is_remote(place) else str(Path(place).resolve())
+        above = full.rpartition("/")[0]
+        if is_span_id(full.rpartition("/")[2]) and is_trace_id(above.rpartition("/")[2]):
+            place = above
         name = place.rpartition("/")[2]
         return (place.rpartition("/")[0] or ".", name) if is_trace_id(name) else (place, newest_trace(place))
     first = identifier.partition("/")[0].lower()

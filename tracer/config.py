@@ -1,11 +1,13 @@
 """Settings: one table, read once, passed on as a frozen object.
 
 This is the only file that reads or writes the process environment. OTLP is configured by the standard `OTEL_*`
-variables alone; the few facts about them that decide our behaviour are read here too.
+variables alone; the few facts about them that decide our behaviour are read here too. Buckets are configured by
+their own standard variables (`AWS_*`, `GOOGLE_*`, `AZURE_*`), which the library that talks to them reads itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tomllib
@@ -13,31 +15,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote
 
 from tracer.errors import SettingsError
 
 __all__ = [
     "PREFIX",
     "Settings",
+    "bucket_variables",
     "c_compiler",
     "cache_directory",
     "child_environment",
     "inherited",
+    "is_remote",
     "load",
+    "local_path",
+    "local_store",
     "otlp_endpoint",
     "otlp_protocol",
     "publish",
     "reference",
     "runtime_directory",
     "spans_disabled",
+    "spool_directory",
     "vllm_plugins",
 ]
 
 PREFIX: Final = "TENSORSPAN_"
 MAX_RUNTIME_PATH: Final = 64
+MAX_SPOOL_NAME: Final = 64
 KUBERNETES: Final = re.compile(r"(service_(host|port)|port)(_.*)?")
 """What Kubernetes sets in every container for a Service that is called `tensorspan`."""
 CAPTURE_POLICIES: Final = ("off", "loopback", "key", "all")
+BUCKET_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
+"""Variables that say where a bucket is and who asks."""
 
 
 def _setting(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
@@ -49,7 +60,9 @@ class Settings:
     """Every setting: environment variable `TENSORSPAN_<NAME>`, option `--<name>`, key `<name>` of the TOML file."""
 
     enabled: bool = _setting(False, "switch the plugin on in a vLLM process; setting a store switches it on too")
-    store: str = _setting("./captures", "directory that receives the captures")
+    store: str = _setting("./captures", "directory or bucket (s3://bucket/prefix) that receives the captures")
+    spool: str = _setting("", "directory where captures wait for the bucket; empty: in the user's state directory")
+    spool_mb: int = _setting(4096, "captures that may wait for the bucket, MB; at the limit new ones are refused")
     capture: str = _setting("loopback", "who may capture: off, loopback, key or all", CAPTURE_POLICIES)
     capture_key: str = _setting("", "secret expected in the Trace-Capture-Key header when capture is `key`")
     capture_text: bool = _setting(True, "store token bytes in captures; 0 leaves only token IDs")
@@ -108,6 +121,35 @@ def child_environment(settings: Settings) -> dict[str, str]:
 def reference() -> list[tuple[str, str, str]]:
     """(environment variable, default, meaning) of each setting, for the README and `serve --help`."""
     return [(PREFIX + f.name.upper(), _show(f.default), f.metadata["meaning"]) for f in fields(Settings)]
+
+
+def is_remote(store: str) -> bool:
+    """True if `store` is a bucket's URL, false if it is a directory."""
+    return "://" in store and not store.startswith("file://")
+
+
+def local_path(store: str) -> Path:
+    """The directory that a path or a `file://` URL names."""
+    return Path(unquote(store.removeprefix("file://"))) if store.startswith("file://") else Path(store)
+
+
+def local_store(settings: Settings) -> Path:
+    """The directory that captures are written to: the store, or the spool of a store that is a bucket."""
+    return spool_directory(settings) if is_remote(settings.store) else local_path(settings.store)
+
+
+def spool_directory(settings: Settings) -> Path:
+    """Where captures wait for the bucket; each store has a folder of its own, so that none gets another's."""
+    state = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+    base = Path(settings.spool).expanduser() if settings.spool else Path(state) / "tensorspan" / "spool"
+    url = settings.store.rstrip("/")
+    name = re.sub(r"[^\w.-]+", "-", url)[:MAX_SPOOL_NAME]
+    return base / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
+def bucket_variables() -> tuple[tuple[str, str], ...]:
+    """The variables that configure access to buckets, as they are now."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(BUCKET_PREFIXES)))
 
 
 def otlp_protocol() -> str | None:

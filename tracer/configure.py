@@ -37,6 +37,8 @@ FIRST_CLIENT_SECONDS: Final = 120.0
 """End if nobody has connected by then: whoever started us is gone."""
 LINGER_SECONDS: Final = 2.0
 """Stay after the last client left: a restarted server finds us."""
+UPLOAD_SECONDS: Final = 60.0
+"""Stay so long if captures are still on their way to a bucket."""
 SHUTDOWN_SECONDS: Final = 2.0
 """A dead collector delays the end by no more than this."""
 TICK_SECONDS: Final = 0.1
@@ -102,7 +104,7 @@ class ExporterProcess:
             self._answer_flushes()
             if self._clients:
                 quiet_since = time.monotonic()
-            elif time.monotonic() > quiet_since + LINGER_SECONDS:
+            elif time.monotonic() > quiet_since + (UPLOAD_SECONDS if self._pending() else LINGER_SECONDS):
                 break
         self._finish()
 
@@ -202,13 +204,22 @@ class ExporterProcess:
                 exporter.export(record, payload)
 
     def _answer_flushes(self) -> None:
+        if not any(client.flushes for client in self._clients.values()):
+            return
+        pending = self._pending()
         for client in self._clients.values():
-            ready = [f for f in client.flushes if not any(map(self._assembler.is_open, f.generations))]
-            for flush in ready:
+            for flush in [flush for flush in client.flushes if self._is_done(flush, pending)]:
                 client.flushes.remove(flush)
                 self._flush()
                 with contextlib.suppress(OSError):  # The client may have gone meanwhile.
                     client.conn.send(flush.token.encode() + b"\n")
+
+    def _is_done(self, flush: FlushRecord, pending: frozenset[str]) -> bool:
+        return not any(self._assembler.is_open(span_id) or span_id in pending for span_id in flush.generations)
+
+    def _pending(self) -> frozenset[str]:
+        """Generations that have ended here and that readers cannot find yet."""
+        return frozenset(span_id for exporter in self._exporters for span_id in exporter.pending())
 
     def _flush(self) -> None:
         for exporter in self._exporters:

@@ -23,8 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 import tracer
-from tracer import config
+from tracer import config, remote, schema
 from tracer.config import Settings
+from tracer.errors import MissingExtraError, SettingsError
+from tracer.show import disk_bytes, readable_bytes
 
 __all__ = ["Check", "Report", "Server", "examine", "find_servers", "report_view"]
 
@@ -33,7 +35,11 @@ State = Literal["ok", "absent", "broken"]
 
 VLLM_SECONDS: Final = 120
 MARKS: Final[dict[str, tuple[str, str]]] = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "broken": ("!!", "red")}
-EXTRAS: Final = {"serve": "tracing and capturing inside vLLM", "dask": "captures larger than memory"}
+EXTRAS: Final = {
+    "serve": "tracing and capturing inside vLLM",
+    "s3": "stores in buckets",
+    "dask": "captures larger than memory",
+}
 PROTOCOLS: Final = ("grpc", "http/protobuf")
 
 QUESTION: Final = """
@@ -103,7 +109,7 @@ class Report:
 
 def examine(settings: Settings) -> Report:
     """Look at everything; takes as long as one import of vLLM."""
-    checks = (*_python(), *_extras(), *_vllm(), _plugin(), _store(settings.store), _exporters(), _collector(settings))
+    checks = (*_python(), *_extras(), *_vllm(), _plugin(), *_stores(settings), _exporters(), _collector(settings))
     return Report(checks, find_servers(config.runtime_directory()))
 
 
@@ -204,13 +210,37 @@ def _plugin() -> Check:
     return Check("plugin", "ok", "registered with vLLM")
 
 
-def _store(store: str) -> Check:
+def _stores(settings: Settings) -> Iterator[Check]:
+    """The store's directory; or the bucket, and the spool with what has not reached it."""
+    if not config.is_remote(settings.store):
+        yield _directory("store", config.local_path(settings.store), "choose another TENSORSPAN_STORE or --store")
+        return
+    yield _bucket(settings.store)
+    spool = config.spool_directory(settings)
+    check = _directory("spool", spool, "choose another TENSORSPAN_SPOOL or --spool")
+    waiting = [path.parent for path in spool.glob("*/*/zarr.json") if schema.is_span_id(path.parent.name)]
+    size = sum(disk_bytes(str(path)) or 0 for path in waiting)
+    repair = check.repair or ("they go up while a server with this store runs" if waiting else "")
+    found = f"{check.found}; {len(waiting)} captures ({readable_bytes(size)}) are not in the bucket"
+    yield Check(check.name, check.state, found, repair)
+
+
+def _bucket(url: str) -> Check:
+    try:
+        problem = remote.probe(url)
+    except (MissingExtraError, SettingsError) as error:
+        problem = str(error)
+    what, _, repair = (problem or "").partition("; ")
+    return Check("store", "broken" if problem else "ok", f"{url}: {what or 'can be listed'}", repair)
+
+
+def _directory(name: str, path: Path, repair: str) -> Check:
     """Nothing is made: the nearest folder that exists must let us write."""
-    root = Path(store).expanduser().resolve()
+    root = path.expanduser().resolve()
     nearest = next(folder for folder in (root, *root.parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        return Check("store", "broken", f"{root} cannot be written", "choose another TENSORSPAN_STORE or --store")
-    return Check("store", "ok", f"{root}{'' if nearest == root else ' (will be made)'}, writable")
+        return Check(name, "broken", f"{root} cannot be written", repair)
+    return Check(name, "ok", f"{root}{'' if nearest == root else ' (will be made)'}, writable")
 
 
 def _exporters() -> Check:
@@ -234,7 +264,7 @@ def _collector(settings: Settings) -> Check:
         )
     if protocol is None:
         hint = "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 sends them to Jaeger instead"
-        return Check("spans", "ok", f"to {Path(settings.store).resolve()}/spans/*.jsonl ({hint})")
+        return Check("spans", "ok", f"to {config.local_store(settings).resolve()}/spans/*.jsonl ({hint})")
     if protocol not in PROTOCOLS:
         return Check("spans", "broken", f"OTLP protocol {protocol!r}", f"use {' or '.join(PROTOCOLS)}")
     return Check("spans", "ok", f"to {endpoint} by {protocol}")

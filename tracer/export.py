@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -64,6 +64,9 @@ class Exporter(Protocol):
 
     def force_flush(self, timeout_s: float) -> bool:
         """Put what was exported where a reader finds it; False if that took longer than `timeout_s`."""
+
+    def pending(self) -> Collection[str]:
+        """Generations (span IDs) that have ended here and are not yet where a reader finds them. Never waits."""
 
     def shutdown(self, timeout_s: float) -> bool:
         """Flush and close within `timeout_s`."""

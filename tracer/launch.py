@@ -19,7 +19,7 @@ from typing import Final
 from tracer import config
 from tracer.config import PREFIX, Settings
 from tracer.errors import MissingExtraError, SettingsError
-from tracer.offline import store_directory
+from tracer.offline import ready_store
 
 __all__ = ["MIDDLEWARE", "add_settings", "exec_server", "serve_command", "serve_settings"]
 
@@ -89,9 +89,9 @@ def exec_server(arguments: Sequence[str], options: Mapping[str, str | None]) -> 
     missing = next((name for name in NEEDED if not _importable(name)), None)
     if missing is not None:
         raise MissingExtraError("serve", missing.partition(".")[0])
-    settings = replace(settings, store=str(store_directory(settings.store)))
+    settings = ready_store(settings)
     command, environment = serve_command(arguments, settings, environ)
-    spans = config.otlp_endpoint() or f"{settings.store}/spans"
+    spans = config.otlp_endpoint() or f"{config.local_store(settings)}/spans"
     sys.stderr.write(
         f"tensorspan: captures go to {settings.store} (who may ask: {settings.capture}), "
         f"spans to {'nowhere' if config.spans_disabled() or not settings.trace else spans}\n"

@@ -6,6 +6,7 @@ cap.tokens; cap.logits; cap.attention[12]; cap.row(step=7, layer=12, head=3); ca
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import zarr
 
-from tracer import schema
+from tracer import config, remote, schema
 from tracer.capture_data import Capture
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
 from tracer.errors import CaptureNotFoundError, FormatError
@@ -34,6 +35,8 @@ __all__ = [
 
 MANY: Final = 10
 """Captures that an error message lists."""
+BATCH: Final = 256
+"""Captures of a bucket whose steps are looked through at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +66,30 @@ def open_capture(store: str | os.PathLike[str], span_id: str | None = None) -> C
     step span (`Capture.step_index` then says which row it wrote), of a trace that holds exactly one generation, or
     `<trace_id>/<span_id>` as in the `Trace-Capture-Ref` header.
 
-    Raises CaptureNotFoundError naming what exists, FormatError if it was written in another format or version.
+    In a bucket (`s3://bucket/prefix`) a generation is found by one request, a step's own ID only by reading every
+    capture's: `<trace_id>/<span_id>` or the generation's ID is what to keep.
+
+    Raises CaptureNotFoundError naming what exists, FormatError if it was written in another format or version,
+    StoreError if the bucket cannot be read, MissingExtraError without the extra `s3`.
     """
-    root = os.fspath(store).rstrip("/")
+    root = _root(store)
     if span_id is None:
         return _open(_only(root, _captures_below(root)) if _kind(root) in ("store", "trace") else root)
     wanted = span_id.lower()
     trace, _, generation = wanted.rpartition("/")
     if schema.is_trace_id(wanted):
-        return _open(_only(wanted, _children(f"{root}/{wanted}")))
+        return _open(_only(wanted, _captures_below(f"{root}/{wanted}")))
     if not schema.is_span_id(generation) or (trace and not schema.is_trace_id(trace)):
         raise CaptureNotFoundError(f"{span_id!r} is neither a span ID (16 hexadecimal digits) nor a trace ID (32)")
-    candidates = (f"{root}/{trace}/{generation}",) if trace else (f"{t}/{generation}" for t in _children(root))
-    path = next((candidate for candidate in candidates if _kind(candidate) == "capture"), None)
-    return _open(path) if path is not None else _by_step_span(root, generation)
+    found = _generation(root, trace, generation)
+    return found if found is not None else _by_step_span(root, generation)
 
 
 def find_captures(root: str | os.PathLike[str]) -> list[CaptureEntry]:
     """All captures of a store, newest first; groups in other formats are left out."""
     found = []
-    for path in _captures_below(os.fspath(root).rstrip("/")):
-        content = _metadata(path)
+    paths = list(_captures_below(_root(root)))
+    for path, content in zip(paths, _all_metadata(paths), strict=True):
         attributes = content.get("attributes", {})
         if (attributes.get("format"), attributes.get("version")) == (schema.FORMAT, schema.VERSION):
             found.append(_entry(path, attributes, content))
@@ -108,7 +114,7 @@ def _entry(path: str, attributes: dict[str, Any], content: dict[str, Any]) -> Ca
 
 def _open(path: str, step_index: int | None = None) -> Capture:
     try:
-        group = zarr.open_group(path, mode="r", zarr_format=3)
+        group = remote.open_group(path) if config.is_remote(path) else zarr.open_group(path, mode="r", zarr_format=3)
     except FileNotFoundError as error:
         raise CaptureNotFoundError(f"no capture at {path}; `tensorspan list` shows the captures of a store") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -116,24 +122,50 @@ def _open(path: str, step_index: int | None = None) -> Capture:
     return Capture(path, group, step_index)
 
 
+def _generation(root: str, trace: str, generation: str) -> Capture | None:
+    """The capture of that generation span, if the store has it; `trace` may be empty."""
+    for where in (f"{root}/{trace}",) if trace else _traces_of(root, generation):
+        path = f"{where}/{generation}"
+        if config.is_remote(root):  # Asking for its kind first would be one more request.
+            with contextlib.suppress(CaptureNotFoundError):
+                return _open(path)
+        elif _kind(path) == "capture":
+            return _open(path)
+    return None
+
+
 def _by_step_span(root: str, span_id: str) -> Capture:
     """Look through the `span_id` arrays of every capture."""
     number = int(span_id, 16)
     paths = list(_captures_below(root))
     for path in paths:
-        rows = np.flatnonzero(_step_spans(path) == np.uint64(number))
+        if path.endswith(f"/{span_id}"):  # It was copied into a bucket without the index.
+            return _open(path)
+    for path, spans in _step_spans(root, paths):
+        rows = np.flatnonzero(spans == np.uint64(number))
         if len(rows):
             return _open(path, int(rows[0]))
     raise CaptureNotFoundError(f"no capture in {root} has span {span_id}, as generation or as step; {_listing(paths)}")
 
 
-def _step_spans(path: str) -> Any:
-    """uint64 [step]; empty for a capture that is not closed."""
-    if not _is_url(path):  # The array is one raw chunk (docs/store-format.md): 100 times faster than opening it.
+def _step_spans(root: str, paths: list[str]) -> Iterator[tuple[str, Any]]:
+    """Each capture with its uint64 [step]; empty for one that is not closed.
+
+    The array is one raw chunk (docs/store-format.md): reading that is 100 times faster than opening an array.
+    """
+    if config.is_remote(root):
+        for some in _batches(paths):
+            raw = remote.read([f"{path}/span_id/c.0" for path in some])
+            yield from zip(some, (np.frombuffer(data or b"", "<u8") for data in raw), strict=True)
+        return
+    for path in paths:
         chunk = Path(path) / "span_id" / "c.0"
-        return np.fromfile(chunk, dtype="<u8") if chunk.exists() else np.empty(0, "<u8")
-    group = zarr.open_group(path, mode="r", zarr_format=3)
-    return np.asarray(group["span_id"]) if "span_id" in group else np.empty(0, "<u8")
+        yield path, np.fromfile(chunk, dtype="<u8") if chunk.exists() else np.empty(0, "<u8")
+
+
+def _batches(paths: list[str]) -> Iterator[list[str]]:
+    for at in range(0, len(paths), BATCH):
+        yield paths[at : at + BATCH]
 
 
 def _only(name: str, paths: Iterable[str]) -> str:
@@ -150,45 +182,64 @@ def _listing(paths: list[str]) -> str:
     return f"it holds {len(paths)}: {names}{', ...' if len(paths) > MANY else ''}"
 
 
+def _root(store: str | os.PathLike[str]) -> str:
+    """A path or a bucket's URL, without a slash at its end."""
+    name = os.fspath(store)
+    return (str(config.local_path(name)) if name.startswith("file://") else name).rstrip("/")
+
+
+def _traces_of(root: str, generation: str) -> list[str]:
+    """Where the generation may be: in a bucket the index says it, in a directory looking is as fast."""
+    if config.is_remote(root):
+        return [f"{root}/{trace}" for trace in remote.indexed_traces(root, generation)]
+    return _children([root])[0]
+
+
 def _captures_below(location: str) -> Iterator[str]:
     """Captures of a store or of one trace."""
-    for child in _children(location):
-        name = child.rpartition("/")[2]
-        if schema.is_trace_id(name):
-            yield from (path for path in _children(child) if schema.is_span_id(path.rpartition("/")[2]))
-        elif schema.is_span_id(name):
+    below = _children([location])[0]
+    traces = [child for child in below if schema.is_trace_id(child.rpartition("/")[2])]
+    for child in [*(path for paths in _children(traces) for path in paths), *below]:
+        if schema.is_span_id(child.rpartition("/")[2]):
             yield child
 
 
-def _children(location: str) -> list[str]:
-    """Groups below a group, by name."""
-    if _is_url(location):
-        try:
-            names = sorted(zarr.open_group(location, mode="r", zarr_format=3).group_keys())
-        except FileNotFoundError:
-            names = []
+def _children(locations: list[str]) -> list[list[str]]:
+    """Groups below each group, by name."""
+    if locations and config.is_remote(locations[0]):
+        found = remote.children(locations)
     else:
-        path = Path(location)
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if path.is_dir() else []
-    return [f"{location}/{name}" for name in names]
+        found = [_folders(Path(location)) for location in locations]
+    return [[f"{where}/{name}" for name in names] for where, names in zip(locations, found, strict=True)]
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if path.is_dir() else []
 
 
 def _kind(location: str) -> str | None:
     """`store`, `trace` or `capture`; None for anything else."""
-    kind = _metadata(location).get("attributes", {}).get("kind")
+    kind = _all_metadata([location])[0].get("attributes", {}).get("kind")
     return kind if isinstance(kind, str) else None
 
 
-def _metadata(location: str) -> dict[str, Any]:
-    """The group's `zarr.json`; empty if there is none."""
+def _all_metadata(locations: list[str]) -> list[dict[str, Any]]:
+    """Each group's `zarr.json`; empty if there is none."""
+    if locations and config.is_remote(locations[0]):
+        return [_parsed(data) for data in remote.read([f"{location}/zarr.json" for location in locations])]
+    return [_parsed(_file(Path(location) / "zarr.json")) for location in locations]
+
+
+def _file(path: Path) -> bytes | None:
     try:
-        if _is_url(location):
-            return {"attributes": dict(zarr.open_group(location, mode="r", zarr_format=3).attrs)}
-        content = json.loads((Path(location) / "zarr.json").read_bytes())
-    except (OSError, ValueError):
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _parsed(data: bytes | None) -> dict[str, Any]:
+    try:
+        content = json.loads(data or b"{}")
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _is_url(location: str) -> bool:
-    return "://" in location

@@ -1,6 +1,7 @@
 """The spans of one trace, as a tree: from the store's OTLP-JSON lines, else rebuilt from its captures.
 
-A server without a collector writes `<store>/spans/*.jsonl`, one OTLP message per line. Spans that went to a collector
+A server without a collector writes `<store>/spans/*.jsonl`, one OTLP message per line; if its store is a bucket, into
+the bucket's spool. Spans that went to a collector
 are not there; captures know the same steps, so that a tree can be drawn in either case.
 """
 
@@ -8,18 +9,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from tracer import schema, semconv
+from tracer import config, schema, semconv
 from tracer.errors import CaptureNotFoundError
 
 if TYPE_CHECKING:
     from tracer.reader import Capture
 
-__all__ = ["Span", "Trace", "newest_trace", "read_spans", "read_trace", "spans_of_capture", "trace_of_span"]
+__all__ = [
+    "Span",
+    "Trace",
+    "newest_trace",
+    "read_spans",
+    "read_trace",
+    "spans_directory",
+    "spans_of_capture",
+    "trace_of_span",
+]
 
 STATUS_ERROR: Final = 2
 """`STATUS_CODE_ERROR` of OTLP."""
@@ -121,12 +131,18 @@ def read_spans(store: str, needle: str = "", *, newest_file: bool = False) -> It
 
     A line that is cut off (its writer was killed) is skipped.
     """
-    files = sorted(Path(store, "spans").glob("*.jsonl"), reverse=True) if "://" not in store else []
+    files = sorted(spans_directory(store).glob("*.jsonl"), reverse=True)
     for path in files[:1] if newest_file else files:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if needle in line:
                     yield from _spans_of_line(line)
+
+
+def spans_directory(store: str) -> Path:
+    """Where a server on this machine writes spans if it has no collector: the spool's folder for a bucket."""
+    settings = config.load() if config.is_remote(store) else config.Settings()
+    return config.local_store(replace(settings, store=store)) / "spans"
 
 
 def spans_of_capture(capture: Capture) -> list[Span]:

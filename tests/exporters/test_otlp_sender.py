@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanContext
 
 from exporters.otlp_sender import RESERVE, Sender, open_transport
-from tracer.config import Settings
+from tracer.config import Settings, spool_directory
 from tracer.errors import SettingsError
 
 TRACE = 0x0AF7651916CD43DD8448EB211C80319C
@@ -105,9 +105,17 @@ def test_unwritable_store_loses_spans_and_says_so(tmp_path: Path, caplog: pytest
     assert "make the store writable" in caplog.text
 
 
+def test_spans_of_a_store_in_a_bucket_go_into_its_spool(tmp_path: Path) -> None:
+    settings = Settings(store="s3://bucket/captures", spool=str(tmp_path))
+    sender = Sender(open_transport(settings))
+    sender.offer(bare("decode"))
+    assert sender.flush(5)
+    (file,) = spool_directory(settings).glob("spans/*.jsonl")
+    assert "decode" in file.read_text()
+    assert sender.close(5)
+
+
 def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="OTEL_EXPORTER_OTLP_ENDPOINT"):
-        open_transport(Settings(store="s3://bucket/captures"))
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
     with pytest.raises(SettingsError, match="http/json"):

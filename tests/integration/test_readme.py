@@ -7,14 +7,17 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from deploy.model import demo_model
+from tests.exporters.seaweed import Seaweed
 from tests.integration.server import Server, free_port, server_environment
-from tracer import config, find_captures
+from tracer import config, find_captures, open_capture, remote
 
 pytestmark = pytest.mark.engine
 
@@ -74,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def asked(folder: Path) -> str:
     """`tensorspan serve`, asked by the README's client: the reference of the capture."""
-    server = serve(command("tensorspan serve"), folder)
+    server = serve(command("tensorspan serve MODEL --store ./captures"), folder)
     try:
         url = f"{server.url}/v1"
         printed = run_python(program("from openai"), folder, **{"http://127.0.0.1:8000/v1": url})
@@ -86,7 +89,10 @@ def asked(folder: Path) -> str:
 
 
 def test_every_command_has_a_test() -> None:
-    known = ("make demo", "make test", "tensorspan ", "TENSORSPAN_STORE=", "export OTEL_EXPORTER_OTLP_ENDPOINT=")
+    known = (
+        "make demo", "make test", "tensorspan ", "TENSORSPAN_STORE=", "export OTEL_EXPORTER_OTLP_ENDPOINT=",
+        "export AWS_",
+    )  # fmt: skip
     assert [line for line in COMMANDS if not line.startswith(known)] == []
     assert len(PROGRAMS) == 4
 
@@ -137,6 +143,28 @@ def test_vllm_without_our_launcher(tmp_path: Path) -> None:
     assert (status, headers["trace-capture-status"]) == (200, "recording")
     [entry] = find_captures(tmp_path / "captures")
     assert entry.complete
+
+
+def test_a_bucket(seaweed: Seaweed, tmp_path: Path) -> None:
+    variables = seaweed.environment()
+    remote.locate("s3://bucket").bucket.put("made", b"")  # This server makes a bucket for its first object.
+    assert re.findall(r"(\w+)=", command("export AWS_")) == list(variables)
+    server = serve(
+        command("tensorspan serve MODEL --store s3:"), tmp_path, TENSORSPAN_SPOOL=str(tmp_path / "spool"), **variables
+    )
+    try:
+        body = {"model": "MODEL", "prompt": "Once", "max_tokens": 4}
+        status, headers, _ = server.post("/v1/completions", body, {"Trace-Capture": "logits, attention"})
+        assert (status, headers["trace-capture-status"]) == (200, "recording")
+        deadline, pause = time.monotonic() + 30, threading.Event()
+        while not (found := find_captures("s3://bucket/captures")):
+            assert time.monotonic() < deadline, "the capture is not in the bucket"
+            pause.wait(0.1)
+    finally:
+        server.stop()
+    assert f"{found[0].trace_id}/{found[0].span_id}" == headers["trace-capture-ref"]
+    assert open_capture("s3://bucket/captures", found[0].span_id).complete
+    assert not list(tmp_path.glob("s3*"))
 
 
 def test_offline(tmp_path: Path) -> None:
