@@ -346,7 +346,7 @@ def test_a_refusal_by_the_app_records_nothing() -> None:
 @pytest.mark.parametrize(
     ("headers", "body", "member", "allowed"),
     [
-        ({"Trace-Capture": "logit"}, {}, "logit", "logits, attention, summary"),
+        ({"Trace-Capture": "logit"}, {}, "logit", "logits, attention, qk, summary"),
         ({"Trace-Capture": "attention=(9)"}, {}, "attention", "this model has layers 0-3"),
         ({"baggage": "trace-capture=%22"}, {}, "", "the members logits, attention, summary, separated by commas"),
         ({}, {"vllm_xargs": {"trace_capture": ["logits"]}}, "trace_capture", "text"),
