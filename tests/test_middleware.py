@@ -348,7 +348,7 @@ def test_a_refusal_by_the_app_records_nothing() -> None:
     [
         ({"Trace-Capture": "logit"}, {}, "logit", "logits, attention, qk, summary"),
         ({"Trace-Capture": "attention=(9)"}, {}, "attention", "this model has layers 0-3"),
-        ({"baggage": "trace-capture=%22"}, {}, "", "the members logits, attention, summary, separated by commas"),
+        ({"baggage": "trace-capture=%22"}, {}, "", "the members logits, attention, qk, summary, separated by commas"),
         ({}, {"vllm_xargs": {"trace_capture": ["logits"]}}, "trace_capture", "text"),
         (LOGITS, {"use_beam_search": True}, "use_beam_search", "false"),
     ],
