@@ -39,6 +39,7 @@ from tracer.records import (
     StepRecord,
 )
 from tracer.schema import ArrayLayout
+from tracer.store_files import CaptureName
 
 __all__ = ["OpenCapture"]
 
@@ -77,6 +78,11 @@ class OpenCapture:
         self._write_group(None)
         if start.prompt_token_ids:
             self._write_flat("prompt_token_id", "prompt_pos", np.array(start.prompt_token_ids, np.int32))
+
+    @property
+    def name(self) -> CaptureName:
+        """Where in the store it is."""
+        return CaptureName(self._start.trace_id, self._start.span_id)
 
     def step(self, record: StepRecord, payload: memoryview) -> None:
         """Store what one step brought."""

@@ -20,6 +20,7 @@ from tracer import schema
 from tracer.config import Settings
 from tracer.errors import StoreError
 from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationStart, Record, StepRecord
+from tracer.span_index import SpanIndex
 
 __all__ = ["ZarrExporter"]
 
@@ -40,6 +41,7 @@ class ZarrExporter:
         self._root = Path(settings.store)
         self._engine: EngineInfo | None = None
         self._open: dict[str, OpenCapture] = {}
+        self._index = SpanIndex(self._root)
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; `payload` is valid only during the call. A store that fails is counted, not raised."""
@@ -71,7 +73,9 @@ class ZarrExporter:
                 capture.interrupted(time.time_ns())
             except FAILURES as error:
                 self._fail(span_id, error)
-            self._open.pop(span_id, None)
+            else:
+                self._closed(span_id)
+        self._index.stop()
         return True
 
     def _begin(self, start: GenerationStart) -> None:
@@ -86,6 +90,7 @@ class ZarrExporter:
             make_directory(trace)
         _ensure_group(trace, "trace", {"trace_id": start.trace_id})
         self._open[start.span_id] = OpenCapture(trace / start.span_id, start, self._engine, self._settings)
+        self._index.begin(start.trace_id, start.span_id, start.start_ns)
         self.problem = None
 
     def _pass_on(
@@ -97,7 +102,12 @@ class ZarrExporter:
             capture.prompt_rows(record, payload)
         else:
             capture.end(record, record.status)
-            del self._open[record.span_id]
+            self._closed(record.span_id)
+
+    def _closed(self, span_id: str) -> None:
+        """The capture is as it will stay: its step spans lead to it from now on."""
+        capture = self._open.pop(span_id)
+        self._index.close(*capture.name)
 
     def _fail(self, span_id: str, error: Exception) -> None:
         """The capture is lost from here on; serving and other captures go on."""
@@ -108,10 +118,11 @@ class ZarrExporter:
             "the next capture tries again"
         )
         LOG.error("tensorspan: %s", self.problem)
-        capture = self._open.pop(span_id, None)
+        capture = self._open.get(span_id)
         if capture is not None:
             with contextlib.suppress(*FAILURES):
                 capture.abandon(f"the store could not be written: {error}")
+            self._closed(span_id)
 
 
 def _ensure_group(directory: Path, kind: str, attributes: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The command `tensorspan`: serve, list, tree, show, doctor.
+"""The command `tensorspan`: serve, list, tree, show, index, prune, doctor.
 
 Exit codes: 0 done, 1 it could not be done, 2 the command line or a setting is wrong. Whatever was wrong is one line on
 stderr. Heavy modules are imported by the command that needs them.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tracer import __version__, config, launch
 from tracer.config import Settings
-from tracer.errors import CaptureNotFoundError, SettingsError, TensorspanError
+from tracer.errors import CaptureNotFoundError, SettingsError, StoreError, TensorspanError
 
 if TYPE_CHECKING:
     from tracer.reader import Capture
@@ -84,10 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("id", metavar="ID", help=ID_HELP)
     for name, text in (("step", "one step's row"), ("layer", "one layer only"), ("head", "one head only")):
         show.add_argument(f"--{name}", type=_count, metavar="N", help=text)
+    index = add("index", _index, "make the store's index of span IDs anew, from its captures alone")
+    index.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
     doctor = add("doctor", _doctor, "what this installation can capture, and why not")
     for command in (tree, show, doctor):
         command.add_argument("--store", metavar="DIR", help="default: TENSORSPAN_STORE or ./captures")
-    for command in (listing, tree, show, doctor):
+    for command in (listing, tree, show, index, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -150,6 +152,23 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json(facts)
     show.emit(show_capture.capture_view(capture, facts))
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    import sqlite3
+
+    from tracer.span_index import INDEX, rebuild
+    from tracer.store_files import directory_of
+
+    root = directory_of(_store(options))
+    try:
+        counts = rebuild(root)
+    except sqlite3.Error as error:
+        raise StoreError(f"{root / INDEX} cannot be written: {error}; try again, or make the store writable") from error
+    if options.json:
+        return _print_json({"store": str(root), **counts._asdict()})
+    sys.stdout.write(f"{root / INDEX}: {counts.captures} captures ({counts.open} open), {counts.steps} steps\n")
     return 0
 
 

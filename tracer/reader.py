@@ -6,20 +6,25 @@ cap.tokens; cap.logits; cap.attention[12]; cap.row(step=7, layer=12, head=3); ca
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import zarr
+from zarr.errors import ZarrUserWarning
 
 from tracer import schema
 from tracer.capture_data import Capture
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
 from tracer.errors import CaptureNotFoundError, FormatError
+from tracer.span_index import find_span, known_captures
+from tracer.store_files import step_spans
 
 __all__ = [
     "Alternative",
@@ -74,9 +79,9 @@ def open_capture(store: str | os.PathLike[str], span_id: str | None = None) -> C
         return _open(_only(wanted, _children(f"{root}/{wanted}")))
     if not schema.is_span_id(generation) or (trace and not schema.is_trace_id(trace)):
         raise CaptureNotFoundError(f"{span_id!r} is neither a span ID (16 hexadecimal digits) nor a trace ID (32)")
-    candidates = (f"{root}/{trace}/{generation}",) if trace else (f"{t}/{generation}" for t in _children(root))
-    path = next((candidate for candidate in candidates if _kind(candidate) == "capture"), None)
-    return _open(path) if path is not None else _by_step_span(root, generation)
+    if trace and _kind(f"{root}/{trace}/{generation}") == "capture":
+        return _open(f"{root}/{trace}/{generation}")
+    return _by_span(root, generation, only_steps=bool(trace))
 
 
 def find_captures(root: str | os.PathLike[str]) -> list[CaptureEntry]:
@@ -116,12 +121,30 @@ def _open(path: str, step_index: int | None = None) -> Capture:
     return Capture(path, group, step_index)
 
 
-def _by_step_span(root: str, span_id: str) -> Capture:
-    """Look through the `span_id` arrays of every capture."""
-    number = int(span_id, 16)
+def _by_span(root: str, span_id: str, *, only_steps: bool) -> Capture:
+    """By the store's index, if it has one, checked against the capture; what it does not know is searched."""
+    known: Container[str] = ()
+    if not _is_url(root):
+        for name in find_span(root, span_id):
+            path = str(name.below(Path(root)))
+            if name.span_id == span_id and not only_steps and _kind(path) == "capture":
+                return _open(path)
+            rows = np.flatnonzero(_step_spans(path) == np.uint64(int(span_id, 16)))
+            if len(rows):
+                return _open(path, int(rows[0]))
+        known = {str(name.below(Path(root))) for name in known_captures(root)}
+    return _search(root, span_id, known, only_steps=only_steps)
+
+
+def _search(root: str, span_id: str, known: Container[str], *, only_steps: bool) -> Capture:
+    """Look into every trace for the generation, then into the `span_id` arrays of captures that are not `known`."""
+    candidates = () if only_steps else (f"{trace}/{span_id}" for trace in _children(root))
+    generation = next((path for path in candidates if _kind(path) == "capture"), None)
+    if generation is not None:
+        return _open(generation)
     paths = list(_captures_below(root))
-    for path in paths:
-        rows = np.flatnonzero(_step_spans(path) == np.uint64(number))
+    for path in (path for path in paths if path not in known):
+        rows = np.flatnonzero(_step_spans(path) == np.uint64(int(span_id, 16)))
         if len(rows):
             return _open(path, int(rows[0]))
     raise CaptureNotFoundError(f"no capture in {root} has span {span_id}, as generation or as step; {_listing(paths)}")
@@ -130,8 +153,8 @@ def _by_step_span(root: str, span_id: str) -> Capture:
 def _step_spans(path: str) -> Any:
     """uint64 [step]; empty for a capture that is not closed."""
     if not _is_url(path):  # The array is one raw chunk (docs/store-format.md): 100 times faster than opening it.
-        chunk = Path(path) / "span_id" / "c.0"
-        return np.fromfile(chunk, dtype="<u8") if chunk.exists() else np.empty(0, "<u8")
+        raw = step_spans(Path(path))
+        return np.frombuffer(raw, "<u8", len(raw) // 8)
     group = zarr.open_group(path, mode="r", zarr_format=3)
     return np.asarray(group["span_id"]) if "span_id" in group else np.empty(0, "<u8")
 
@@ -162,11 +185,12 @@ def _captures_below(location: str) -> Iterator[str]:
 
 def _children(location: str) -> list[str]:
     """Groups below a group, by name."""
+    names: list[str] = []
     if _is_url(location):
-        try:
+        with contextlib.suppress(FileNotFoundError), warnings.catch_warnings():
+            # About what lies in a store and is no group: the index, `spans`.
+            warnings.simplefilter("ignore", ZarrUserWarning)
             names = sorted(zarr.open_group(location, mode="r", zarr_format=3).group_keys())
-        except FileNotFoundError:
-            names = []
     else:
         path = Path(location)
         names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if path.is_dir() else []
