@@ -27,6 +27,8 @@ __all__ = ["ZarrExporter"]
 LOG: Final = logging.getLogger("tensorspan.zarr")
 FAILURES: Final = (OSError, ValueError, TypeError, OverflowError)
 """The file system's, and those of values that no array or JSON can hold: each ends one capture and nothing else."""
+RETRIES: Final = 4
+"""`tensorspan prune` may remove a trace that is empty between our making it and our first capture in it."""
 
 
 class ZarrExporter:
@@ -83,15 +85,24 @@ class ZarrExporter:
             return
         if not (schema.is_trace_id(start.trace_id) and schema.is_span_id(start.span_id)):
             raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
+        self._open[start.span_id] = self._new_capture(start)
+        self._index.begin(start.trace_id, start.span_id, start.start_ns)
+        self.problem = None
+
+    def _new_capture(self, start: GenerationStart) -> OpenCapture:
+        for _ in range(RETRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return self._try_capture(start)
+        return self._try_capture(start)
+
+    def _try_capture(self, start: GenerationStart) -> OpenCapture:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         trace = self._root / start.trace_id
         _ensure_group(self._root, "store", {})
         with contextlib.suppress(FileExistsError):
             make_directory(trace)
         _ensure_group(trace, "trace", {"trace_id": start.trace_id})
-        self._open[start.span_id] = OpenCapture(trace / start.span_id, start, self._engine, self._settings)
-        self._index.begin(start.trace_id, start.span_id, start.start_ns)
-        self.problem = None
+        return OpenCapture(trace / start.span_id, start, self._engine, self._settings)
 
     def _pass_on(
         self, capture: OpenCapture, record: StepRecord | ArrayRecord | GenerationEnd, payload: memoryview

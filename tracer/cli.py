@@ -86,10 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         show.add_argument(f"--{name}", type=_count, metavar="N", help=text)
     index = add("index", _index, "make the store's index of span IDs anew, from its captures alone")
     index.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
+    pruning = add("prune", _prune, "remove captures that are too old or too much, oldest first; spans by their age")
+    pruning.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
+    pruning.add_argument("--keep", metavar="AGE", help="remove what is older: 12h, 7d, 2w (s, m, h, d, w)")
+    pruning.add_argument("--max-bytes", metavar="SIZE", help="remove until no more is left: 500M, 50G (k, M, G, T)")
+    pruning.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
     doctor = add("doctor", _doctor, "what this installation can capture, and why not")
     for command in (tree, show, doctor):
         command.add_argument("--store", metavar="DIR", help="default: TENSORSPAN_STORE or ./captures")
-    for command in (listing, tree, show, index, doctor):
+    for command in (listing, tree, show, index, pruning, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -169,6 +174,28 @@ def _index(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json({"store": str(root), **counts._asdict()})
     sys.stdout.write(f"{root / INDEX}: {counts.captures} captures ({counts.open} open), {counts.steps} steps\n")
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from tracer.prune import parse_bytes, parse_seconds, plan, prune
+    from tracer.store_files import directory_of
+
+    if options.keep is None and options.max_bytes is None:
+        raise SettingsError("prune what? give --keep AGE, --max-bytes SIZE or both, e.g. --keep 7d --max-bytes 50G")
+    keep = None if options.keep is None else parse_seconds(options.keep)
+    limit = None if options.max_bytes is None else parse_bytes(options.max_bytes)
+    root = directory_of(_store(options))
+    chosen = plan(root, keep, limit)
+    removed = chosen.remove if options.dry_run else prune(root, chosen.remove)
+    freed = sum(item.bytes for item in removed)
+    if options.json:
+        facts = {"store": str(root), "dry_run": options.dry_run, "bytes_freed": freed, "bytes_kept": chosen.kept}
+        return _print_json({**facts, "removed": [{"path": str(item.path), "bytes": item.bytes} for item in removed]})
+    for item in removed:
+        sys.stdout.write(f"{item.path}  {item.bytes} bytes\n")
+    done = "would be removed" if options.dry_run else "removed"
+    sys.stdout.write(f"{len(removed)} {done}, {freed / 1e6:.1f} MB; {chosen.kept / 1e6:.1f} MB stay\n")
     return 0
 
 

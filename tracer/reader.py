@@ -21,6 +21,7 @@ from zarr.errors import ZarrUserWarning
 
 from tracer import schema
 from tracer.capture_data import Capture
+from tracer.capture_files import CaptureFiles
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
 from tracer.errors import CaptureNotFoundError, FormatError
 from tracer.span_index import find_span, known_captures
@@ -113,7 +114,8 @@ def _entry(path: str, attributes: dict[str, Any], content: dict[str, Any]) -> Ca
 
 def _open(path: str, step_index: int | None = None) -> Capture:
     try:
-        group = zarr.open_group(path, mode="r", zarr_format=3)
+        store = path if _is_url(path) else CaptureFiles(path, read_only=True)
+        group = zarr.open_group(store, mode="r", zarr_format=3)
     except FileNotFoundError as error:
         raise CaptureNotFoundError(f"no capture at {path}; `tensorspan list` shows the captures of a store") from error
     except (ValueError, KeyError, TypeError) as error:

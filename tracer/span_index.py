@@ -238,7 +238,7 @@ def _is_ours(db: sqlite3.Connection) -> bool:
 
 def _refuse_foreign(db: sqlite3.Connection) -> None:
     if _pragma(db, "schema_version"):
-        raise sqlite3.DatabaseError(f"it has version {_pragma(db, 'user_version')}, this release writes {VERSION}")
+        raise sqlite3.DatabaseError(f"it has version {_pragma(db, 'user_version')}, this release has {VERSION}")
 
 
 def _pragma(db: sqlite3.Connection, name: str) -> int:
@@ -334,7 +334,8 @@ def _ask(root: Path, query: Callable[[sqlite3.Connection], Answer]) -> Answer | 
     try:
         with contextlib.closing(sqlite3.connect(_read_uri(path), timeout=BUSY_SECONDS, uri=True)) as db:
             if not _is_ours(db):
-                raise sqlite3.DatabaseError(f"it has version {_pragma(db, 'user_version')}; this is {VERSION}")
+                _refuse_foreign(db)
+                return None  # Empty: its first writer is just making it.
             return query(db)
     except FAILURES as error:
         _say(path, f"cannot be read: {error}")
