@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from exporters.shards import make_directory, write_json
+from exporters.store_budget import StoreBudget
 from exporters.zarr_capture import OpenCapture
 from tracer import schema
 from tracer.config import Settings
@@ -27,6 +28,8 @@ __all__ = ["ZarrExporter"]
 LOG: Final = logging.getLogger("tensorspan.zarr")
 FAILURES: Final = (OSError, ValueError, TypeError, OverflowError)
 """The file system's, and those of values that no array or JSON can hold: each ends one capture and nothing else."""
+OVER_BUDGET: Final = "EDQUOT"
+"""Key in `lost` of captures that the store's budget ended, as of those that a quota of the file system ends."""
 RETRIES: Final = 4
 """`tensorspan prune` may remove a trace that is empty between our making it and our first capture in it."""
 
@@ -44,6 +47,7 @@ class ZarrExporter:
         self._engine: EngineInfo | None = None
         self._open: dict[str, OpenCapture] = {}
         self._index = SpanIndex(self._root)
+        self._budget = StoreBudget(self._root, settings.store_mb)
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; `payload` is valid only during the call. A store that fails is counted, not raised."""
@@ -85,9 +89,15 @@ class ZarrExporter:
             return
         if not (schema.is_trace_id(start.trace_id) and schema.is_span_id(start.span_id)):
             raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
-        self._open[start.span_id] = self._new_capture(start)
+        refusal = self._budget.refusal()
+        capture = self._open[start.span_id] = self._new_capture(start)
         self._index.begin(start.trace_id, start.span_id, start.start_ns)
-        self.problem = None
+        if refusal is None:
+            self.problem = None
+        else:  # Its group alone is kept, to say why there is nothing in it.
+            capture.abandon(refusal)
+            self._book_refusal(start.span_id, refusal)
+            self._closed(start.span_id)
 
     def _new_capture(self, start: GenerationStart) -> OpenCapture:
         for _ in range(RETRIES):
@@ -102,7 +112,7 @@ class ZarrExporter:
         with contextlib.suppress(FileExistsError):
             make_directory(trace)
         _ensure_group(trace, "trace", {"trace_id": start.trace_id})
-        return OpenCapture(trace / start.span_id, start, self._engine, self._settings)
+        return OpenCapture(trace / start.span_id, start, self._engine, self._settings, self._budget)
 
     def _pass_on(
         self, capture: OpenCapture, record: StepRecord | ArrayRecord | GenerationEnd, payload: memoryview
@@ -119,6 +129,18 @@ class ZarrExporter:
         """The capture is as it will stay: its step spans lead to it from now on."""
         capture = self._open.pop(span_id)
         self._index.close(*capture.name)
+        if capture.over_budget:
+            self._book_refusal(span_id, "the store's budget was reached while it was written")
+
+    def _book_refusal(self, span_id: str, reason: str) -> None:
+        self.lost[OVER_BUDGET] = self.lost.get(OVER_BUDGET, 0) + 1
+        first = self.problem is None
+        self.problem = (
+            f"capture {span_id} is not stored in full: {reason}; TENSORSPAN_STORE_MB={self._settings.store_mb}, run "
+            f"`tensorspan prune {os.fspath(self._root)}`; captures go on by themselves once there is room"
+        )
+        if first:
+            LOG.error("tensorspan: %s", self.problem)
 
     def _fail(self, span_id: str, error: Exception) -> None:
         """The capture is lost from here on; serving and other captures go on."""

@@ -268,11 +268,11 @@ def test_an_index_that_was_replaced_is_opened_again(tmp_path: Path) -> None:
 
 def test_several_writers_at_once(tmp_path: Path) -> None:
     def start(first: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, str(first), str(first + 40)])
+        return subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, str(first), str(first + 25)])
 
-    writers = [start(first) for first in (0, 40, 80)]
+    writers = [start(first) for first in (0, 25, 50)]
     assert [writer.wait(120) for writer in writers] == [0, 0, 0]
-    for number in range(120):
+    for number in range(75):
         generation = Distinct.numbered(number)
         for span in (generation.span_id, generation.step_span(0), generation.step_span(2)):
             assert find_span(tmp_path, span) == [CaptureName(generation.trace_id, generation.span_id)]

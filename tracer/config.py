@@ -56,6 +56,7 @@ class Settings:
     topk: int = _setting(5, "alternatives per step in spans (with content on) and captures")
     queue_mb: int = _setting(256, "shared-memory queue between each worker and the exporter process, MB")
     request_mb: int = _setting(4096, "arrays stored per generation, MB; at the limit the capture stops and says so")
+    store_mb: int = _setting(0, "the whole store, MB; at the limit captures stop and say so; 0: no limit")
     codec: str = _setting("blosc", "compression of stored arrays", ("blosc", "zstd", "none"))
     content: bool = _setting(False, "token IDs and texts on spans; the GenAI content variable switches it on too")
     file: str = _setting("", "TOML file with these settings; the environment wins over it")
