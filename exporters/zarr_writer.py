@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from exporters.retention import Retention
 from exporters.shards import make_directory, write_json
 from exporters.store_budget import StoreBudget
 from exporters.zarr_capture import OpenCapture
@@ -48,6 +49,7 @@ class ZarrExporter:
         self._open: dict[str, OpenCapture] = {}
         self._index = SpanIndex(self._root)
         self._budget = StoreBudget(self._root, settings.store_mb)
+        self._retention = Retention(self._root, settings.keep)
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; `payload` is valid only during the call. A store that fails is counted, not raised."""
@@ -89,6 +91,7 @@ class ZarrExporter:
             return
         if not (schema.is_trace_id(start.trace_id) and schema.is_span_id(start.span_id)):
             raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
+        self._retention.look()
         refusal = self._budget.refusal()
         capture = self._open[start.span_id] = self._new_capture(start)
         self._index.begin(start.trace_id, start.span_id, start.start_ns)

@@ -19,7 +19,8 @@ from tests.exporters.synthetic import DECODE, NOTHING, Synthetic, attributes, en
 from tracer import prune as pruning
 from tracer.cli import main
 from tracer.errors import CaptureNotFoundError, SettingsError
-from tracer.prune import TRASH, parse_bytes, parse_seconds, plan, prune
+from tracer.prune import TRASH, plan, prune
+from tracer.quantities import parse_bytes, parse_seconds
 from tracer.reader import find_captures, open_capture
 from tracer.span_index import INDEX, known_captures
 from tracer.store_files import stored_traces, tree_bytes

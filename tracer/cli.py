@@ -178,7 +178,8 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from tracer.prune import parse_bytes, parse_seconds, plan, prune
+    from tracer.prune import plan, prune
+    from tracer.quantities import parse_bytes, parse_seconds
     from tracer.store_files import directory_of
 
     if options.keep is None and options.max_bytes is None:

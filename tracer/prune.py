@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tracer.errors import SettingsError
 from tracer.schema import group_metadata
 from tracer.span_index import PATIENT_SECONDS, Known, SpanIndex, indexed_captures, known_captures
 from tracer.store_files import (
@@ -30,14 +28,12 @@ from tracer.store_files import (
     tree_changed_ns,
 )
 
-__all__ = ["TRASH", "Plan", "Stored", "parse_bytes", "parse_seconds", "plan", "prune"]
+__all__ = ["TRASH", "Plan", "Stored", "plan", "prune"]
 
 TRASH: Final = ".trash"
 SECOND_NS: Final = 1_000_000_000
 OPEN_SECONDS: Final = 86_400
 """An open capture (one that is not closed) of which no file has changed for so long has no writer any more."""
-DURATIONS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-SIZES: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +67,6 @@ class Plan:
     def kept(self) -> int:
         """Bytes that stay."""
         return sum(item.bytes for item in self.keep)
-
-
-def parse_seconds(text: str) -> float:
-    """Seconds of a duration such as `90s`, `45m`, `12h`, `7d` or `2w`; SettingsError if it is none."""
-    return _quantity(text, DURATIONS, "a duration: a number with s, m, h, d or w, such as 7d")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as `500M`, `50G` or `1.5T`, decimal; SettingsError if it is none."""
-    return int(_quantity(text.removesuffix("B"), SIZES, "a size: a number with k, M, G or T (decimal), such as 50G"))
-
-
-def _quantity(text: str, units: dict[str, int], what: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]?)", text.strip())
-    unit = None if match is None else units.get(match[2], units.get("k") if match[2] == "K" else None)
-    if match is None or unit is None:
-        raise SettingsError(f"{text!r} is not {what}")
-    return float(match[1]) * unit
 
 
 def plan(root: Path, keep_s: float | None, max_bytes: int | None, now_ns: int | None = None) -> Plan:
