@@ -42,11 +42,13 @@ APPLICATION: Final = 0x7473_7069
 """SQLite's `application_id` of our file: `tspi`."""
 BUSY_SECONDS: Final = 0.2
 """How long the exporter waits for another writer; it tries again with the next capture."""
+STOP_SECONDS: Final = 1.0
+"""How long it waits at its end, when there will be no next capture."""
 PATIENT_SECONDS: Final = 60.0
 """How long a command waits."""
 RETRY_SECONDS: Final = 5.0
 """How long the exporter leaves an index alone that it could not write."""
-MAX_WAITING: Final = 100_000
+MAX_WAITING: Final = 10_000
 """Captures that the exporter keeps in mind while the index cannot be written."""
 FAILURES: Final = (sqlite3.Error, OSError)
 TABLES: Final = """
@@ -130,7 +132,8 @@ class SpanIndex:
     def stop(self) -> None:
         """Write what waits, if that is possible now, and close the file."""
         if self._waiting:
-            self._retry_at = 0.0
+            self._disconnect()
+            self._patience_s, self._retry_at = STOP_SECONDS, 0.0
             self._write()
         self._disconnect()
 
@@ -282,17 +285,19 @@ def _put(db: sqlite3.Connection, root: Path, entry: _Entry) -> None:
 
 
 def find_span(root: str | os.PathLike[str], span_id: str) -> list[CaptureName]:
-    """Captures that may hold this generation or step span, generations first; check them, for some may be gone.
+    """Captures of this generation, else captures with this step span; check them, for some may be gone.
 
-    Empty if none does or if there is no index that can be used.
+    Empty if there are none or if there is no index that can be used.
     """
 
     def query(db: sqlite3.Connection) -> list[CaptureName]:
         generations = db.execute("SELECT span, trace FROM capture WHERE span = ?", (bytes.fromhex(span_id),)).fetchall()
+        if generations:
+            return sorted(map(_name, generations))
         numbers = captures_of_step(db, int(span_id, 16))
         marks = ",".join("?" * len(numbers))
         steps = db.execute(f"SELECT span, trace FROM capture WHERE id IN ({marks})", numbers).fetchall()  # noqa: S608
-        return [*sorted(map(_name, generations)), *sorted(map(_name, steps))]
+        return sorted(map(_name, steps))
 
     return _ask(Path(root), query) or []
 
