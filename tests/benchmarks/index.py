@@ -162,6 +162,7 @@ def main() -> None:
         show_costs("the last 1000 of them", costs[-1000:])
         sys.stdout.write(f"file: {path.stat().st_size / 1e6:.0f} MB\n")
         for name, spans in (("generation", generations), ("step", steps)):
+            path.read_bytes()
             sys.stdout.write(f"find a {name}, warm: {ask(root, spans, lambda: None)}\n")
             sys.stdout.write(f"find a {name}, not in memory: {ask(root, spans, lambda: forget(path))}\n")
         tree = root / "tree.sqlite"
