@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from exporters.ledger import EVERYTHING, NUMBERS, Ledger
 from exporters.payload import view_array
 from exporters.shards import make_directory, write_json
+from exporters.store_budget import StoreBudget
 from exporters.zarr_arrays import PrefillMap, StepRows, write_flat
 from exporters.zarr_facts import (
     Numbers,
@@ -39,6 +40,7 @@ from tracer.records import (
     StepRecord,
 )
 from tracer.schema import ArrayLayout
+from tracer.store_files import CaptureName
 
 __all__ = ["OpenCapture"]
 
@@ -50,13 +52,21 @@ KV_LEN: Final = list(schema.STEP_NUMBERS).index("kv_len")
 class OpenCapture:
     """The group of one generation; methods raise OSError as the file system does, and nothing else on purpose."""
 
-    def __init__(self, directory: Path, start: GenerationStart, engine: EngineInfo | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        start: GenerationStart,
+        engine: EngineInfo | None,
+        settings: Settings,
+        budget: StoreBudget,
+    ) -> None:
         assert start.capture is not None
         self._spec: CaptureSpec = start.capture
         self._directory = directory
         self._start = start
         self._engine = engine
         self._settings = settings
+        self._budget = budget
         self._axes = attention_axes(self._spec.attention, engine) if self._spec.wants_attention else None
         self._ledger = Ledger(schema.asked_arrays(self._spec))
         self._attributes = start_attributes(start, engine)
@@ -72,6 +82,10 @@ class OpenCapture:
         self._longest = 0
         """Keys of the longest row, once the last valid step is known."""
         self._written = 0
+        self._stopped: str | None = None
+        """Why no more arrays are stored."""
+        self.over_budget = False
+        """True if that was the store's budget."""
         self._state_limits()
         make_directory(directory)
         self._write_group(None)
@@ -82,6 +96,11 @@ class OpenCapture:
     def directory(self) -> Path:
         """Where the group is."""
         return self._directory
+
+    @property
+    def name(self) -> CaptureName:
+        """Where in the store it is."""
+        return CaptureName(self._start.trace_id, self._start.span_id)
 
     def step(self, record: StepRecord, payload: memoryview) -> None:
         """Store what one step brought."""
@@ -108,7 +127,7 @@ class OpenCapture:
             if prefill is None or not prefill.fits(slot, first, block):
                 self._ledger.drop(item.name, None, f"block {item.shape} at {item.start} does not fit the array")
             else:
-                self._written += prefill.put(slot, first, block)
+                self._count(prefill.put(slot, first, block))
         self._show_queries()
 
     def end(self, end: GenerationEnd, status: str) -> None:
@@ -156,7 +175,7 @@ class OpenCapture:
         if rows is None or any(item.start) or not rows.fits(row):
             self._ledger.drop(item.name, step, f"row {item.shape} at {item.start} does not fit the array")
             return
-        self._written += rows.put(step, row)
+        self._count(rows.put(step, row))
         self._ledger.stored(item.name, step)
 
     def _take(self, item: ArraySlice, payload: memoryview, step: int | None) -> Array | None:
@@ -166,11 +185,24 @@ class OpenCapture:
         except (ValueError, TypeError) as error:
             self._ledger.drop(item.name, step, f"unreadable: {error}")
             return None
-        if self._written + array.nbytes > self._settings.request_mb * MB:
-            self._written = self._settings.request_mb * MB + 1  # From here on nothing is stored: no holes.
-            self._ledger.drop(item.name, step, f"byte budget of {self._settings.request_mb} MB reached")
+        refusal = self._refusal(array.nbytes)
+        if refusal is not None:
+            self._ledger.drop(item.name, step, refusal)
             return None
         return array
+
+    def _refusal(self, size: int) -> str | None:
+        """Why an array of that size may not be stored; after the first refusal nothing is: no holes."""
+        if self._stopped is None and self._written + size > self._settings.request_mb * MB:
+            self._stopped = f"byte budget of {self._settings.request_mb} MB reached"
+        elif self._stopped is None:
+            self._stopped = self._budget.refusal()
+            self.over_budget = self._stopped is not None
+        return self._stopped
+
+    def _count(self, written: int) -> None:
+        self._written += written
+        self._budget.add(written)
 
     def _new_rows(self, name: str, row: Array) -> StepRows | None:
         """Create the array at its first row; None if the capture did not ask for it or the row cannot be one."""

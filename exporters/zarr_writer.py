@@ -17,12 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from exporters.retention import Retention
 from exporters.shards import make_directory, write_json
+from exporters.store_budget import StoreBudget
 from exporters.zarr_capture import OpenCapture
 from tracer import config, schema
 from tracer.config import Settings
 from tracer.errors import StoreError
 from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationStart, Record, StepRecord
+from tracer.span_index import SpanIndex
 
 if TYPE_CHECKING:
     from exporters.remote_store import RemoteStore
@@ -33,6 +36,10 @@ LOG: Final = logging.getLogger("tensorspan.zarr")
 FAILURES: Final = (OSError, ValueError, TypeError, OverflowError)
 """The file system's, and those of values that no array or JSON can hold: each ends one capture and nothing else."""
 SPOOL_FULL: Final = "SpoolFullError"
+OVER_BUDGET: Final = "EDQUOT"
+"""Key in `lost` of captures that the store's budget ended, as of those that a quota of the file system ends."""
+RETRIES: Final = 4
+"""`tensorspan prune` may remove a trace that is empty between our making it and our first capture in it."""
 Arrays = TypeVar("Arrays", bound=StepRecord | ArrayRecord)
 
 
@@ -52,6 +59,9 @@ class ZarrExporter:
         """Open captures that get no more arrays, because the spool has no room."""
         self.remote = _remote_store(settings)
         """What sends closed captures to the bucket; None if the store is a directory."""
+        self._index = SpanIndex(self._root)
+        self._budget = StoreBudget(self._root, settings.store_mb)
+        self._retention = Retention(self._root, settings.keep)
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; `payload` is valid only during the call. A store that fails is counted, not raised."""
@@ -91,9 +101,10 @@ class ZarrExporter:
                 capture.interrupted(time.time_ns())
             except FAILURES as error:
                 self._fail(span_id, error)
-            if self._open.pop(span_id, None) is not None:
+            if self._open.get(span_id) is not None:
                 self._closed(capture)
         sent = self.remote is None or self.remote.shutdown(max(deadline - time.monotonic(), 0.0))
+        self._index.stop()
         return in_time and sent
 
     def _begin(self, start: GenerationStart) -> None:
@@ -103,20 +114,36 @@ class ZarrExporter:
             raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
         if self.remote is not None and not self.remote.spool.has_room:
             raise self.remote.spool.full()
+        self._retention.look()
+        refusal = self._budget.refusal()
         with self.remote.spool.locked() if self.remote is not None else contextlib.nullcontext():
-            self._make(start)
-        self.problem = None
+            capture = self._open[start.span_id] = self._new_capture(start)
+        self._index.begin(start.trace_id, start.span_id, start.start_ns)
+        if refusal is None:
+            self.problem = None
+        else:  # Its group alone is kept, to say why there is nothing in it.
+            capture.abandon(refusal)
+            self._book_refusal(start.span_id, refusal)
+            self._closed(capture)
 
-    def _make(self, start: GenerationStart) -> None:
+    def _new_capture(self, start: GenerationStart) -> OpenCapture:
+        for _ in range(RETRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return self._try_capture(start)
+        return self._try_capture(start)
+
+    def _try_capture(self, start: GenerationStart) -> OpenCapture:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         trace = self._root / start.trace_id
         _ensure_group(self._root, "store", {})
         with contextlib.suppress(FileExistsError):
             make_directory(trace)
         _ensure_group(trace, "trace", {"trace_id": start.trace_id})
-        capture = self._open[start.span_id] = OpenCapture(trace / start.span_id, start, self._engine, self._settings)
+        directory = trace / start.span_id
+        capture = OpenCapture(directory, start, self._engine, self._settings, self._budget)
         if self.remote is not None:
-            self.remote.spool.opened(capture.directory)
+            self.remote.spool.opened(directory)
+        return capture
 
     def _pass_on(
         self, capture: OpenCapture, record: StepRecord | ArrayRecord | GenerationEnd, payload: memoryview
@@ -127,7 +154,6 @@ class ZarrExporter:
             capture.prompt_rows(self._fitting(record, payload), payload)
         else:
             capture.end(record, record.status)
-            del self._open[record.span_id]
             self._closed(capture)
 
     def _fitting(self, record: Arrays, payload: memoryview) -> Arrays:
@@ -143,15 +169,30 @@ class ZarrExporter:
         return replace(record, arrays=(), dropped=(*record.dropped, *dropped))
 
     def _closed(self, capture: OpenCapture) -> None:
-        """Nothing more will be written to it."""
-        self._cut.discard(capture.directory.name)
+        """The capture is as it will stay: its step spans lead to it from now on."""
+        span_id = capture.directory.name
+        self._open.pop(span_id, None)
+        self._cut.discard(span_id)
+        self._index.close(*capture.name)
+        if capture.over_budget:
+            self._book_refusal(span_id, "the store's budget was reached while it was written")
         if self.remote is not None:
             self.remote.closed(capture.directory)
+
+    def _book_refusal(self, span_id: str, reason: str) -> None:
+        self.lost[OVER_BUDGET] = self.lost.get(OVER_BUDGET, 0) + 1
+        first = self.problem is None
+        self.problem = (
+            f"capture {span_id} is not stored in full: {reason}; TENSORSPAN_STORE_MB={self._settings.store_mb}, run "
+            f"`tensorspan prune {os.fspath(self._root)}`; captures go on by themselves once there is room"
+        )
+        if first:
+            LOG.error("tensorspan: %s", self.problem)
 
     def _fail(self, span_id: str, error: Exception) -> None:
         """The capture is lost from here on; serving and other captures go on."""
         self._count(span_id, error)
-        capture = self._open.pop(span_id, None)
+        capture = self._open.get(span_id)
         if capture is not None:
             with contextlib.suppress(*FAILURES):
                 capture.abandon(f"the store could not be written: {error}")

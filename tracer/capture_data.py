@@ -18,6 +18,7 @@ import zarr
 from numpy.typing import NDArray
 
 from tracer import config, remote, schema
+from tracer.capture_files import removed
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
 from tracer.errors import CaptureNotFoundError, FormatError
 from tracer.rebuilt import RebuiltLayers
@@ -273,6 +274,8 @@ class Capture:
         """Lazy, without dask: chunk bookkeeping would cost more than the rows."""
         try:
             return self._open()
+        except FileNotFoundError as error:
+            raise removed(self.location) from error
         except ValueError:
             # A writer that is (or was, when it died) between two zarr.json leaves arrays of different lengths.
             return self._open_one_by_one()

@@ -1,4 +1,4 @@
-"""The command `tensorspan`: serve, list, tree, show, doctor.
+"""The command `tensorspan`: serve, list, tree, show, index, prune, doctor.
 
 Exit codes: 0 done, 1 it could not be done, 2 the command line or a setting is wrong. Whatever was wrong is one line on
 stderr. Heavy modules are imported by the command that needs them.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tracer import __version__, config, launch
 from tracer.config import Settings
-from tracer.errors import CaptureNotFoundError, SettingsError, TensorspanError
+from tracer.errors import CaptureNotFoundError, SettingsError, StoreError, TensorspanError
 
 if TYPE_CHECKING:
     from tracer.reader import Capture
@@ -84,10 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("id", metavar="ID", help=ID_HELP)
     for name, text in (("step", "one step's row"), ("layer", "one layer only"), ("head", "one head only")):
         show.add_argument(f"--{name}", type=_count, metavar="N", help=text)
+    index = add("index", _index, "make the store's index of span IDs anew, from its captures alone")
+    index.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
+    pruning = add("prune", _prune, "remove captures that are too old or too much, oldest first; spans by their age")
+    pruning.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
+    pruning.add_argument("--keep", metavar="AGE", help="remove what is older: 12h, 7d, 2w (s, m, h, d, w)")
+    pruning.add_argument("--max-bytes", metavar="SIZE", help="remove until no more is left: 500M, 50G (k, M, G, T)")
+    pruning.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
     doctor = add("doctor", _doctor, "what this installation can capture, and why not")
     for command in (tree, show, doctor):
         command.add_argument("--store", metavar="DIR|URL", help="default: TENSORSPAN_STORE or ./captures")
-    for command in (listing, tree, show, doctor):
+    for command in (listing, tree, show, index, pruning, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -151,6 +158,46 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json(facts)
     show.emit(show_capture.capture_view(capture, facts))
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    import sqlite3
+
+    from tracer.span_index import INDEX, rebuild
+    from tracer.store_files import directory_of
+
+    root = directory_of(_store(options))
+    try:
+        counts = rebuild(root)
+    except sqlite3.Error as error:
+        raise StoreError(f"{root / INDEX} cannot be written: {error}; try again, or make the store writable") from error
+    if options.json:
+        return _print_json({"store": str(root), **counts._asdict()})
+    sys.stdout.write(f"{root / INDEX}: {counts.captures} captures ({counts.open} open), {counts.steps} steps\n")
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from tracer.prune import plan, prune
+    from tracer.quantities import parse_bytes, parse_seconds
+    from tracer.store_files import directory_of
+
+    if options.keep is None and options.max_bytes is None:
+        raise SettingsError("prune what? give --keep AGE, --max-bytes SIZE or both, e.g. --keep 7d --max-bytes 50G")
+    keep = None if options.keep is None else parse_seconds(options.keep)
+    limit = None if options.max_bytes is None else parse_bytes(options.max_bytes)
+    root = directory_of(_store(options))
+    chosen = plan(root, keep, limit)
+    removed = chosen.remove if options.dry_run else prune(root, chosen.remove)
+    freed = sum(item.bytes for item in removed)
+    if options.json:
+        facts = {"store": str(root), "dry_run": options.dry_run, "bytes_freed": freed, "bytes_kept": chosen.kept}
+        return _print_json({**facts, "removed": [{"path": str(item.path), "bytes": item.bytes} for item in removed]})
+    for item in removed:
+        sys.stdout.write(f"{item.path}  {item.bytes} bytes\n")
+    done = "would be removed" if options.dry_run else "removed"
+    sys.stdout.write(f"{len(removed)} {done}, {freed / 1e6:.1f} MB; {chosen.kept / 1e6:.1f} MB stay\n")
     return 0
 
 

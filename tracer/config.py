@@ -18,6 +18,7 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 from tracer.errors import SettingsError
+from tracer.quantities import parse_seconds
 
 __all__ = [
     "PREFIX",
@@ -71,6 +72,8 @@ class Settings:
     topk: int = _setting(5, "alternatives per step in spans (with content on) and captures")
     queue_mb: int = _setting(256, "shared-memory queue between each worker and the exporter process, MB")
     request_mb: int = _setting(4096, "arrays stored per generation, MB; at the limit the capture stops and says so")
+    store_mb: int = _setting(0, "the whole store, MB; at the limit captures stop and say so; 0: no limit")
+    keep: str = _setting("", "remove captures and spans that are older, such as 12h or 7d, once an hour; empty: never")
     codec: str = _setting("blosc", "compression of stored arrays", ("blosc", "zstd", "none"))
     content: bool = _setting(False, "token IDs and texts on spans; the GenAI content variable switches it on too")
     file: str = _setting("", "TOML file with these settings; the environment wins over it")
@@ -102,6 +105,7 @@ def load(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] 
         values.setdefault("enabled", True)
     if _content_opt_in(env):
         values["content"] = True
+    _check_duration("keep", values.get("keep", ""))
     return Settings(**values)
 
 
@@ -227,6 +231,13 @@ def _convert(item: Any, value: Any) -> Any:
     if choices and out not in choices:
         raise SettingsError(f"{name}={value!r} must be one of {', '.join(choices)}")
     return out
+
+
+def _check_duration(name: str, value: str) -> None:
+    try:
+        parse_seconds(value or "0s")
+    except SettingsError as error:
+        raise SettingsError(f"{PREFIX}{name.upper()}={error}") from error
 
 
 def _boolean(value: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +19,11 @@ import zarr
 
 from tracer import config, remote, schema
 from tracer.capture_data import Capture
+from tracer.capture_files import CaptureFiles
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
 from tracer.errors import CaptureNotFoundError, FormatError
+from tracer.span_index import find_span, known_captures
+from tracer.store_files import step_spans
 
 __all__ = [
     "Alternative",
@@ -81,8 +84,9 @@ def open_capture(store: str | os.PathLike[str], span_id: str | None = None) -> C
         return _open(_only(wanted, _captures_below(f"{root}/{wanted}")))
     if not schema.is_span_id(generation) or (trace and not schema.is_trace_id(trace)):
         raise CaptureNotFoundError(f"{span_id!r} is neither a span ID (16 hexadecimal digits) nor a trace ID (32)")
-    found = _generation(root, trace, generation)
-    return found if found is not None else _by_step_span(root, generation)
+    if trace and (found := _generation(root, trace, generation)) is not None:
+        return found
+    return _by_span(root, generation, only_steps=bool(trace))
 
 
 def find_captures(root: str | os.PathLike[str]) -> list[CaptureEntry]:
@@ -114,7 +118,10 @@ def _entry(path: str, attributes: dict[str, Any], content: dict[str, Any]) -> Ca
 
 def _open(path: str, step_index: int | None = None) -> Capture:
     try:
-        group = remote.open_group(path) if config.is_remote(path) else zarr.open_group(path, mode="r", zarr_format=3)
+        if config.is_remote(path):
+            group = remote.open_group(path)
+        else:
+            group = zarr.open_group(CaptureFiles(path, read_only=True), mode="r", zarr_format=3)
     except FileNotFoundError as error:
         raise CaptureNotFoundError(f"no capture at {path}; `tensorspan list` shows the captures of a store") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -134,15 +141,32 @@ def _generation(root: str, trace: str, generation: str) -> Capture | None:
     return None
 
 
-def _by_step_span(root: str, span_id: str) -> Capture:
-    """Look through the `span_id` arrays of every capture."""
-    number = int(span_id, 16)
+def _by_span(root: str, span_id: str, *, only_steps: bool) -> Capture:
+    """By the store's index, if it has one, checked against the capture; what it does not know is searched."""
+    known: Container[str] = ()
+    if not config.is_remote(root):
+        for name in find_span(root, span_id):
+            path = str(name.below(Path(root)))
+            if name.span_id == span_id and not only_steps and _kind(path) == "capture":
+                return _open(path)
+            rows = np.flatnonzero(_spans_of(path) == np.uint64(int(span_id, 16)))
+            if len(rows):
+                return _open(path, int(rows[0]))
+        known = {str(name.below(Path(root))) for name in known_captures(root)}
+    return _search(root, span_id, known, only_steps=only_steps)
+
+
+def _search(root: str, span_id: str, known: Container[str], *, only_steps: bool) -> Capture:
+    """Look into every trace for the generation, then into the `span_id` arrays of captures that are not `known`."""
+    found = None if only_steps else _generation(root, "", span_id)
+    if found is not None:
+        return found
     paths = list(_captures_below(root))
     for path in paths:
-        if path.endswith(f"/{span_id}"):  # It was copied into a bucket without the index.
+        if path.endswith(f"/{span_id}") and config.is_remote(root):  # It was copied there without the index.
             return _open(path)
-    for path, spans in _step_spans(root, paths):
-        rows = np.flatnonzero(spans == np.uint64(number))
+    for path, spans in _step_spans(root, [path for path in paths if path not in known]):
+        rows = np.flatnonzero(spans == np.uint64(int(span_id, 16)))
         if len(rows):
             return _open(path, int(rows[0]))
     raise CaptureNotFoundError(f"no capture in {root} has span {span_id}, as generation or as step; {_listing(paths)}")
@@ -158,9 +182,12 @@ def _step_spans(root: str, paths: list[str]) -> Iterator[tuple[str, Any]]:
             raw = remote.read([f"{path}/span_id/c.0" for path in some])
             yield from zip(some, (np.frombuffer(data or b"", "<u8") for data in raw), strict=True)
         return
-    for path in paths:
-        chunk = Path(path) / "span_id" / "c.0"
-        yield path, np.fromfile(chunk, dtype="<u8") if chunk.exists() else np.empty(0, "<u8")
+    yield from ((path, _spans_of(path)) for path in paths)
+
+
+def _spans_of(path: str) -> Any:
+    raw = step_spans(Path(path))
+    return np.frombuffer(raw, "<u8", len(raw) // 8)
 
 
 def _batches(paths: list[str]) -> Iterator[list[str]]:

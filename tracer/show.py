@@ -16,6 +16,7 @@ from rich.text import Text
 from tracer import semconv
 from tracer.reader import Capture, CaptureEntry, Token
 from tracer.spans_file import Span, Trace
+from tracer.store_files import tree_bytes
 
 __all__ = [
     "capture_table",
@@ -39,7 +40,7 @@ def disk_bytes(location: str) -> int | None:
     """Bytes of all files below a local path; None for a URL."""
     if "://" in location:
         return None
-    return sum(path.stat().st_size for path in Path(location).rglob("*") if path.is_file())
+    return tree_bytes(Path(location))
 
 
 def token_texts(captures: Iterable[Capture]) -> dict[str, list[Token]]:

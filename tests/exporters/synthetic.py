@@ -164,6 +164,7 @@ def write(root: Path, generation: Synthetic, **settings: Any) -> Path:
         out.export(record, payload)
         wipe(payload)
     assert out.problem is None
+    assert out.shutdown(1.0)
     return generation.path(root)
 
 

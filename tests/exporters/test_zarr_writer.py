@@ -90,6 +90,7 @@ def test_xarray_reads_names_coordinates_and_times(tmp_path: Path) -> None:
     np.testing.assert_array_equal(picked["logits"], generation.logits[3])
 
 
+@pytest.mark.filterwarnings("ignore:Object at index:zarr.errors.ZarrUserWarning")
 def test_the_whole_root_opens_as_a_data_tree(tmp_path: Path) -> None:
     for number in range(2):
         write(tmp_path, Synthetic(span_id=f"{number + 1:016x}"))
