@@ -25,6 +25,7 @@ MB: Final = 1_000_000
 LOCK: Final = ".lock"
 GONE: Final = ".gone-"
 METADATA: Final = "zarr.json"
+WALKS: Final = 5
 SHARD: Final = re.compile(r"c(\.\d+)*")
 
 
@@ -176,11 +177,17 @@ def _scan(path: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _size(path: Path) -> int:
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):  # It was renamed or removed meanwhile.
-                total += os.lstat(f"{folder}/{name}").st_size
+    """Bytes of every file below; walked again if one was renamed meanwhile, as a shard is when it is full."""
+    for _ in range(WALKS):
+        total, whole = 0, True
+        for folder, _, names in os.walk(path):
+            for name in names:
+                try:
+                    total += os.lstat(f"{folder}/{name}").st_size
+                except OSError:
+                    whole = False
+        if whole:
+            break
     return total
 
 
