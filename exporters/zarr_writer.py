@@ -1,7 +1,8 @@
 """Captures into a directory of Zarr v3 groups: the way out for arrays.
 
 A store that cannot be written costs captures and never a request: the failure is counted in `lost` and described in
-`problem`, and the next capture tries again.
+`problem`, and the next capture tries again. What a killed or failed writer left is closed at the first record, and
+again whenever a capture begins.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Final
 
+from exporters.journal import FOLDER, Journal, leftovers
+from exporters.recovery import is_blank, recover
 from exporters.shards import make_directory, write_json
 from exporters.zarr_capture import OpenCapture
 from tracer import schema
@@ -40,9 +44,14 @@ class ZarrExporter:
         self._root = Path(settings.store)
         self._engine: EngineInfo | None = None
         self._open: dict[str, OpenCapture] = {}
+        self._unfinished: dict[str, str | None] = {}
+        """Captures that could not be closed, by their journals: why their writer gave them up, if that is known."""
+        self._looked = False
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; `payload` is valid only during the call. A store that fails is counted, not raised."""
+        if not self._looked:
+            self.recover()
         if isinstance(record, EngineInfo):
             if record.rank == 0 or self._engine is None:
                 self._engine = record
@@ -69,10 +78,56 @@ class ZarrExporter:
                 return False
             try:
                 capture.interrupted(time.time_ns())
+                self._done(capture)
             except FAILURES as error:
                 self._fail(span_id, error)
-            self._open.pop(span_id, None)
+        if self._unfinished or not self._looked:
+            self.recover()
         return True
+
+    def recover(self) -> list[Path]:
+        """Close what killed and failed writers left in this store; returns the captures that are closed now.
+
+        Captures of living writers, in this process or another, are left alone: they hold their journals' locks.
+        """
+        self._looked = True
+        try:
+            left = leftovers(self._root)
+        except OSError as error:
+            self._count(f"{self._root / FOLDER} cannot be read", error)
+            return []
+        found = [done for path, trace, span in left if (done := self._recover(path, self._root / trace / span))]
+        with contextlib.suppress(OSError):  # It is not empty, or not there.
+            (self._root / FOLDER).rmdir()
+        if found:
+            LOG.warning("tensorspan: closed %d captures that an earlier writer had left open", len(found))
+        return found
+
+    def _recover(self, path: Path, directory: Path) -> Path | None:
+        """Close one capture unless its writer lives; a failure is counted once and tried again later."""
+        taken: Journal | None = None
+        try:
+            taken = Journal.take(path)
+            if taken is None:
+                return None
+            known = recover(taken, directory, self._settings, self._unfinished.get(path.name))
+            self._unfinished.pop(path.name, None)
+            if known:
+                self._closed(directory)
+            taken.remove()
+        except OSError as error:
+            if taken is not None:
+                taken.release()
+            if path.name not in self._unfinished:
+                self._count(f"what was left of capture {directory.name} cannot be closed", error)
+                self._unfinished[path.name] = None
+            return None
+        except Exception:
+            if taken is not None:
+                taken.release()
+            LOG.exception("tensorspan: %s cannot be read; the capture stays as it is", path)
+            return None
+        return directory if known else None
 
     def _begin(self, start: GenerationStart) -> None:
         if start.capture is None:
@@ -80,13 +135,36 @@ class ZarrExporter:
         if not (schema.is_trace_id(start.trace_id) and schema.is_span_id(start.span_id)):
             raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._unfinished:
+            self.recover()
+        journal = Journal.create(self._root / FOLDER / f"{start.trace_id}-{start.span_id}")
+        made: Path | None = None
+        try:
+            made = self._make_directory(start, journal)
+            capture = OpenCapture(made, start, self._engine, self._settings, journal)
+            capture.begin()
+        except BaseException:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                journal.remove()
+            raise
+        self._open[start.span_id] = capture
+        self.problem = None
+
+    def _make_directory(self, start: GenerationStart, journal: Journal) -> Path:
+        """The capture's own directory, below groups for store and trace."""
         trace = self._root / start.trace_id
-        _ensure_group(self._root, "store", {})
+        directory = trace / start.span_id
+        _ensure_group(self._root, "store", {}, journal.temporary)
         with contextlib.suppress(FileExistsError):
             make_directory(trace)
-        _ensure_group(trace, "trace", {"trace_id": start.trace_id})
-        self._open[start.span_id] = OpenCapture(trace / start.span_id, start, self._engine, self._settings)
-        self.problem = None
+        _ensure_group(trace, "trace", {"trace_id": start.trace_id}, journal.temporary)
+        if is_blank(directory):
+            # Killed between the start and its acknowledgement: the queue hands the start over once more.
+            shutil.rmtree(directory)
+        make_directory(directory)
+        return directory
 
     def _pass_on(
         self, capture: OpenCapture, record: StepRecord | ArrayRecord | GenerationEnd, payload: memoryview
@@ -96,26 +174,44 @@ class ZarrExporter:
         elif isinstance(record, ArrayRecord):
             capture.prompt_rows(record, payload)
         else:
-            capture.end(record, record.status)
-            del self._open[record.span_id]
+            capture.end(record)
+            self._done(capture)
 
     def _fail(self, span_id: str, error: Exception) -> None:
         """The capture is lost from here on; serving and other captures go on."""
+        self._count(f"capture {span_id} cannot be written", error)
+        capture = self._open.pop(span_id, None)
+        if capture is not None:
+            reason = f"the store could not be written: {error}"
+            self._unfinished[capture.journal.path.name] = reason
+            with contextlib.suppress(*FAILURES):
+                capture.abandon(reason)
+
+    def _count(self, what: str, error: Exception) -> None:
         cause = errno.errorcode.get(getattr(error, "errno", None) or 0, type(error).__name__)
         self.lost[cause] = self.lost.get(cause, 0) + 1
         self.problem = (
-            f"capture {span_id} cannot be written: {error}; make {os.fspath(self._root)} writable or free space; "
-            "the next capture tries again"
+            f"{what}: {error}; make {os.fspath(self._root)} writable or free space; the next capture tries again"
         )
         LOG.error("tensorspan: %s", self.problem)
-        capture = self._open.pop(span_id, None)
-        if capture is not None:
-            with contextlib.suppress(*FAILURES):
-                capture.abandon(f"the store could not be written: {error}")
+
+    def _done(self, capture: OpenCapture) -> None:
+        """The capture is closed; its journal goes last."""
+        del self._open[capture.span_id]
+        self._closed(capture.directory)
+        with contextlib.suppress(OSError):  # Then it goes at the next start.
+            capture.journal.remove()
+
+    def _closed(self, directory: Path) -> None:
+        """The one place that every capture passes that will not change any more: ended, interrupted or recovered.
+
+        Must not raise. A process that is killed here passes it again at the next start: the journal is still there.
+        """
+        LOG.debug("closed %s", directory)
 
 
-def _ensure_group(directory: Path, kind: str, attributes: dict[str, str]) -> None:
+def _ensure_group(directory: Path, kind: str, attributes: dict[str, str], temporary: Path) -> None:
     """Make `directory` a Zarr group unless it is one."""
     path = directory / "zarr.json"
     if not path.exists():
-        write_json(path, schema.group_metadata(kind, attributes))
+        write_json(path, schema.group_metadata(kind, attributes), temporary)
