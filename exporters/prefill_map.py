@@ -170,11 +170,11 @@ class PrefillMap:
 
     def _encode(self, slot: int, start: int, rows: Array, seen: Array | None) -> None:
         """Write the causal chunks of a block [heads, rows, keys]; rows not `seen` keep what was stored."""
-        parts: list[Any] = []
         shard = self._open(start // QUERY_SHARD)
         blocks = -(-min(start + QUERY_BLOCK, self._prompt) // KEY_BLOCK)
         unseen = None if seen is None or seen.all() else ~seen[None, :, None]
-        for block, scratch in enumerate(self._buffer(blocks)):
+        buffer = self._buffer(blocks)
+        for block, scratch in enumerate(buffer):
             part = rows[:, :, block * KEY_BLOCK : (block + 1) * KEY_BLOCK]
             heads, count, keys = part.shape
             scratch[...] = 0
@@ -182,8 +182,7 @@ class PrefillMap:
             old = shard.read(self._chunk(slot, start, block)) if unseen is not None else None
             if old is not None and unseen is not None:
                 np.copyto(scratch, self._codec.decode(old), where=unseen)
-            parts += self._codec.encode(scratch)
-        placed = shard.append(self._chunk(slot, start, 0), parts)
+        placed = shard.append(self._chunk(slot, start, 0), self._codec.encode(buffer))
         shard.release()  # A long prompt has many shards open at once: do not hold their descriptors.
         rows_there = range(min(QUERY_BLOCK, self._prompt - start)) if seen is None else np.flatnonzero(seen).tolist()
         self._written.append(PromptBlock(slot, start, sum(1 << row for row in rows_there), placed))

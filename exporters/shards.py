@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -43,6 +43,7 @@ FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
 
 Array = NDArray[Any]
+crc32c: Final[Callable[[Any], int]] = google_crc32c.value
 
 # One thread per process writes; blosc's own threads cost more CPU than they save on 100 kB chunks.
 blosc.set_nthreads(1)
@@ -58,10 +59,16 @@ class ChunkCodec:
         self._dtype = np.dtype(layout.dtype)
         self._shape = layout.chunk[1:]
 
-    def encode(self, values: Array) -> tuple[Any, bytes]:
-        """(data, checksum) of C-contiguous values; data may be a view of `values`."""
-        data = values.reshape(-1).view(np.uint8) if self._compressor is None else self._compressor.encode(values)
-        return data, checksum(data)
+    def encode(self, blocks: Array) -> list[Any]:
+        """Data and checksum of each chunk of C-contiguous `blocks` [chunk, ...]; data may be views of them."""
+        if self._compressor is None:
+            chunks: Any = blocks.reshape(len(blocks), -1).view(np.uint8)
+        else:
+            chunks = map(self._compressor.encode, blocks)
+        parts: list[Any] = []
+        for data in chunks:
+            parts += data, crc32c(data).to_bytes(CRC_BYTES, "little")
+        return parts
 
     def decode(self, data: bytes) -> Array:
         """Values of the layout's chunk without its first axis."""
@@ -76,11 +83,6 @@ class Placed(NamedTuple):
     offset: int
     sizes: tuple[int, ...]
     """Bytes of each, its checksum included."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(self.sizes)
 
 
 class ShardFile:
@@ -131,13 +133,8 @@ class ShardFile:
 
     def append(self, first: int, parts: Sequence[Any]) -> Placed:
         """Write chunks `first`, `first + 1`, … from `parts`: data and checksum of one after the other."""
-        written = _write_all(self._open(), parts)
-        sizes = tuple(map(len, parts))
-        if len(sizes) == 2:
-            placed = Placed(self.size, (written,))
-        else:
-            placed = Placed(self.size, tuple(map(int.__add__, sizes[::2], sizes[1::2])))
-        self.size += written
+        placed = Placed(self.size, tuple([len(data) + CRC_BYTES for data in parts[::2]]))
+        self.size += _write_all(self._fd if self._fd >= 0 else self._open(), parts, sum(placed.sizes))
         place(self._where, first, placed)
         return placed
 
@@ -165,7 +162,7 @@ class ShardFile:
         index = np.full((self._chunks, 2), EMPTY, dtype="<u8")
         index[list(self._where)] = list(self._where.values())
         data = index.tobytes()
-        self.size += _write_all(self._open(), (data, checksum(data)))
+        self.size += _write_all(self._open(), (data, checksum(data)), len(data) + CRC_BYTES)
         self.release()
         self._part.replace(self.path)
         return True
@@ -207,12 +204,11 @@ def _size(path: Path) -> int:
 
 def checksum(data: Any) -> bytes:
     """crc32c of bytes or of a flat array of bytes, as it stands after them."""
-    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
+    return crc32c(data).to_bytes(CRC_BYTES, "little")
 
 
-def _write_all(fd: int, parts: Sequence[Any]) -> int:
-    """Write flat byte buffers; one system call as a rule, more if the disk is so full that it takes only a part."""
-    total = sum(map(len, parts))
+def _write_all(fd: int, parts: Sequence[Any], total: int) -> int:
+    """Write flat buffers of `total` bytes: one system call, more if the disk is so full that it takes only a part."""
     done = os.writev(fd, parts)
     if done < total:
         rest = memoryview(b"".join(parts))
@@ -230,7 +226,7 @@ def write_new(path: Path, data: bytes) -> None:
     """A file only this user may read, of those bytes."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
     try:
-        _write_all(fd, (data,))
+        _write_all(fd, (data,), len(data))
     finally:
         os.close(fd)
 

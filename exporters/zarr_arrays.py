@@ -40,6 +40,8 @@ class StepRows:
         self._dtype = np.dtype(layout.dtype)
         self._per_shard = layout.shard[0]
         self._blocks = layout.chunks // self._per_shard
+        self._row = layout.shard[1:]
+        self._width = layout.chunk[-1]
         self._has_keys = layout.dims[-1] == "key_pos"
         self._scratch = np.zeros((0, *layout.chunk[1:]), self._dtype)
         self._number = -1
@@ -54,7 +56,7 @@ class StepRows:
 
     def fits(self, row: Array) -> bool:
         """True if `row` [without the step axis] has this array's shape; attention may have fewer keys."""
-        full = self.layout.shard[1:]
+        full = self._row
         if self._has_keys:
             return row.shape[:-1] == full[:-1] and 0 < row.shape[-1] <= full[-1]
         return row.shape == full
@@ -65,7 +67,7 @@ class StepRows:
             with np.errstate(over="ignore"):  # Counted below.
                 row = row.astype(self._dtype)
         number, place_in_shard = divmod(step, self._per_shard)
-        shard = self._open(number)
+        shard = self._shard if self._shard is not None and self._number == number else self._open(number)
         first = place_in_shard * self._blocks
         if first in shard:  # A later attempt: its row may have fewer blocks.
             shard.clear(first, first + self._blocks)
@@ -84,6 +86,11 @@ class StepRows:
                 where.pop(chunk, None)
         place(where, first, placed)
         self.overflow += infinite
+
+    @property
+    def due(self) -> int:
+        """Steps that must have come before `settle` has something to do; 0 if that is not known."""
+        return (self._number + 1) * self._per_shard if self._shard is not None else 0
 
     def settle(self, steps: int) -> int:
         """Finish the open shard if all its steps are below `steps`; returns how many steps can be shown."""
@@ -139,13 +146,10 @@ class StepRows:
 
     def _encode(self, row: Array) -> list[Any]:
         """Data and checksum of each chunk of a row; a part of a block is padded with zeros."""
-        width, last = self.layout.chunk[-1], row.shape[-1]
-        if last == width and row.flags.c_contiguous:
-            return list(self._codec.encode(row))
-        parts: list[Any] = []
-        for block in self._split(row, width, last):
-            parts += self._codec.encode(block)
-        return parts
+        last = row.shape[-1]
+        if last == self._width and row.flags.c_contiguous:
+            return self._codec.encode(row[None])
+        return self._codec.encode(self._split(row, self._width, last))
 
     def _split(self, row: Array, width: int, last: int) -> Array:
         """[block, ..., width] of a row [..., last], in a buffer that the next row uses again."""
@@ -155,20 +159,19 @@ class StepRows:
             self._scratch = np.zeros((count, *self.layout.chunk[1:]), self._dtype)
         scratch = self._scratch[:count]
         if whole:
-            blocks = row[..., : whole * width].reshape(*row.shape[:-1], whole, width)
-            scratch[:whole] = np.moveaxis(blocks, -2, 0)
+            for block in range(whole):
+                scratch[block] = row[..., block * width : (block + 1) * width]
         if rest:
             scratch[whole, ..., :rest] = row[..., whole * width :]
             scratch[whole, ..., rest:] = 0
         return scratch
 
     def _open(self, number: int) -> ShardFile:
-        if self._shard is None or self._number != number:
-            self._finish()
-            self._shard = ShardFile.open(self._directory / self.layout.key(number), self.layout.chunks)
-            self._number = number
-            self._numbers.add(number)
-        return self._shard
+        self._finish()
+        shard = self._shard = ShardFile.open(self._directory / self.layout.key(number), self.layout.chunks)
+        self._number = number
+        self._numbers.add(number)
+        return shard
 
     def _finish(self) -> None:
         if self._shard is not None:

@@ -87,6 +87,8 @@ class OpenCapture:
         """One past the highest step seen."""
         self._shown = 0
         """Rows that readers can see."""
+        self._due = 0
+        """Steps that must have come before `_show` has something to do."""
         self._shown_queries = 0
         self._longest = 0
         """Keys of the longest row, once the last valid step is known."""
@@ -196,14 +198,17 @@ class OpenCapture:
             self._ledger.drop(item.name, step, f"row {item.shape} at {item.start} does not fit the array")
             return None
         placed, infinite = rows.put(step, row)
-        self._written += placed.nbytes
+        self._written += sum(placed.sizes)
         self._ledger.stored(item.name, step)
         return RowEntry(rows.number, infinite, placed)
 
     def _number(self, step: int, numbers: Numbers) -> None:
         self._numbers[step] = numbers
         self._ledger.stored(NUMBERS, step)
-        self._steps = max(self._steps, step + 1)
+        if step >= self._steps:
+            self._steps = step + 1
+        else:  # It came late, into a shard that has been finished.
+            self._due = 0
 
     def _take(self, item: ArraySlice, payload: memoryview, step: int | None) -> Array | None:
         """The slice's array, or None, with the reason booked, if it cannot or may not be stored."""
@@ -233,6 +238,7 @@ class OpenCapture:
     def _add_rows(self, layout: ArrayLayout) -> StepRows:
         rows = StepRows(self.directory, layout, self._settings.codec, len(self._rows))
         self._rows[layout.name] = rows
+        self._due = 0
         return rows
 
     def _layout(self, name: str, shape: Shape) -> ArrayLayout | None:
@@ -254,7 +260,7 @@ class OpenCapture:
 
     def _take_blocks(self, prefill: PrefillMap) -> list[PromptBlock]:
         blocks = prefill.take_written()
-        self._written += sum(block.placed.nbytes for block in blocks)
+        self._written += sum(sum(block.placed.sizes) for block in blocks)
         return blocks
 
     def _flush_prompt(self) -> None:
@@ -268,7 +274,7 @@ class OpenCapture:
 
     def _show(self) -> None:
         """Publish the steps that every array has in finished shards."""
-        if not self._rows:
+        if not self._rows or self._steps < self._due:
             return
         ready = min([rows.settle(self._steps) for rows in self._rows.values()])
         if ready > self._shown:
@@ -277,6 +283,7 @@ class OpenCapture:
                 rows.publish(ready, self._keys())
             if self._prefill is not None:
                 self._prefill.publish(self._keys())
+        self._due = min([rows.due for rows in self._rows.values()])
 
     def _show_queries(self) -> None:
         if self._prefill is None:

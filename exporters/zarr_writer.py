@@ -68,6 +68,8 @@ class ZarrExporter:
 
     def force_flush(self, timeout_s: float) -> bool:
         """Rows are written as they come: nothing is held back but the parts of unfinished shards."""
+        if not self._looked:
+            self.recover()
         return True
 
     def shutdown(self, timeout_s: float) -> bool:
@@ -100,7 +102,7 @@ class ZarrExporter:
         with contextlib.suppress(OSError):  # It is not empty, or not there.
             (self._root / FOLDER).rmdir()
         if found:
-            LOG.warning("tensorspan: closed %d captures that an earlier writer had left open", len(found))
+            LOG.info("closed %d captures that an earlier writer had left open", len(found))
         return found
 
     def _recover(self, path: Path, directory: Path) -> Path | None:

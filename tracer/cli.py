@@ -1,4 +1,4 @@
-"""The command `tensorspan`: serve, list, tree, show, doctor.
+"""The command `tensorspan`: serve, list, tree, show, recover, doctor.
 
 Exit codes: 0 done, 1 it could not be done, 2 the command line or a setting is wrong. Whatever was wrong is one line on
 stderr. Heavy modules are imported by the command that needs them.
@@ -84,10 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("id", metavar="ID", help=ID_HELP)
     for name, text in (("step", "one step's row"), ("layer", "one layer only"), ("head", "one head only")):
         show.add_argument(f"--{name}", type=_count, metavar="N", help=text)
+    recover = add("recover", _recover, "close what killed writers left in a store; a server's next start does it too")
+    recover.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
     doctor = add("doctor", _doctor, "what this installation can capture, and why not")
     for command in (tree, show, doctor):
         command.add_argument("--store", metavar="DIR", help="default: TENSORSPAN_STORE or ./captures")
-    for command in (listing, tree, show, doctor):
+    for command in (listing, tree, show, recover, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -150,6 +152,20 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json(facts)
     show.emit(show_capture.capture_view(capture, facts))
+    return 0
+
+
+def _recover(options: argparse.Namespace) -> int:
+    import logging
+
+    from tracer import configure, show
+
+    logging.getLogger("tensorspan").addHandler(logging.NullHandler())  # What is wrong is said once, by `main`.
+    store = _store(options)
+    closed = [str(path) for path in configure.recover_store(config.load({"store": store}))]
+    if options.json:
+        return _print_json(closed)
+    show.emit(*closed, f"closed {len(closed)} captures in {store}")
     return 0
 
 

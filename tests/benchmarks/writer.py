@@ -5,7 +5,9 @@ CPU (user and system) of `ZarrExporter` per MB of arrays, against `os.write` of 
 row of 30 layers and 9 heads, its summary. The values are shaped like real ones: logits that bfloat16 holds, attention
 from a softmax with a sink. Everything from the first record to the closed capture counts, the journal included; each
 row of the table is a ratio to the appends of its own round, on memory (/dev/shm) and on the disk of the working
-directory. Directories are removed between measurements, and that is not counted.
+directory. The order within a round changes, a first round only warms up, and nothing is removed before the last round:
+ext4 walks past every inode that was freed less than a minute ago, and making a file after removing many is 20 times
+dearer.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +29,7 @@ import numpy as np
 from exporters.zarr_writer import ZarrExporter
 from tests.exporters.synthetic import DECODE, NOTHING, TRACE, engine, pack
 from tracer.config import Settings
-from tracer.records import GenerationEnd, GenerationStart, LogitsSummary, StepRecord
+from tracer.records import GenerationEnd, GenerationStart, LogitsSummary, Record, StepRecord
 
 REQUESTS: Final = 8
 PROMPT: Final = 256
@@ -40,6 +42,8 @@ PLACES: Final = ("/dev/shm", ".")
 CODECS: Final = ("none", "blosc")
 
 Step = tuple[StepRecord, memoryview]
+Work = list[tuple[Record, memoryview]]
+Run = Callable[[Path, Work], None]
 
 
 def logits(random: np.random.Generator) -> Any:
@@ -75,66 +79,66 @@ def steps() -> list[Step]:
     return out
 
 
-def append(root: Path, work: list[Step]) -> None:
+def append(root: Path, work: Work) -> None:
     """The floor: the same arrays at the end of one file per request."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    files = [os.open(root / str(number), flags, 0o600) for number in range(REQUESTS)]
+    files: dict[str, int] = {}
     for record, payload in work:
-        edges = [*(item.offset for item in record.arrays), payload.nbytes]
-        parts = [payload[low:high] for low, high in pairwise(edges)]
-        for file in files:
-            for part in parts:
-                os.write(file, part)
-    for file in files:
+        if isinstance(record, GenerationStart):
+            files[record.span_id] = os.open(root / record.span_id, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        elif isinstance(record, StepRecord):
+            edges = [*(item.offset for item in record.arrays), payload.nbytes]
+            for low, high in pairwise(edges):
+                os.write(files[record.span_id], payload[low:high])
+    for file in files.values():
         os.close(file)
 
 
-def export(codec: str) -> Callable[[Path, list[Step]], None]:
+def records() -> list[tuple[Record, memoryview]]:
+    """What the exporter process hands over for all requests, made beforehand: decoding is not the writer's."""
+    spans = [f"{number + 1:016x}" for number in range(REQUESTS)]
+    out: list[tuple[Record, memoryview]] = [(engine(LAYERS, HEADS, max_model_len=8192), NOTHING)]
+    for span in spans:
+        start = GenerationStart(
+            TRACE, span, None, True, 1, "r", "m", "chat", prompt_tokens=PROMPT, max_tokens=STEPS, capture=DECODE,
+            prompt_token_ids=tuple(range(PROMPT)), prompt_token_bytes=(b" token",) * PROMPT,
+        )  # fmt: skip
+        out.append((start, NOTHING))
+    out += [(replace(record, span_id=span), payload) for record, payload in steps() for span in spans]
+    ids, texts = tuple(range(STEPS)), (b" token",) * STEPS
+    for span in spans:
+        end = GenerationEnd(TRACE, span, 9, "ok", "stop", STEPS, output_token_ids=ids, output_token_bytes=texts)
+        out.append((end, NOTHING))
+    return out
+
+
+def export(codec: str) -> Run:
     """The writer with that codec, from the first start to the last end."""
 
-    def run(root: Path, work: list[Step]) -> None:
+    def run(root: Path, work: Work) -> None:
         out = ZarrExporter(Settings(store=str(root / "store"), codec=codec))
-        layers = engine(LAYERS, HEADS, max_model_len=8192)
-        out.export(layers, NOTHING)
-        spans = [f"{number + 1:016x}" for number in range(REQUESTS)]
-        prompt = tuple(range(PROMPT))
-        for span in spans:
-            start = GenerationStart(
-                TRACE, span, None, True, 1, "r", "m", "chat", prompt_tokens=PROMPT, max_tokens=STEPS, capture=DECODE,
-                prompt_token_ids=prompt, prompt_token_bytes=(b" token",) * PROMPT,
-            )  # fmt: skip
-            out.export(start, NOTHING)
         for record, payload in work:
-            for span in spans:
-                out.export(replace(record, span_id=span), payload)
-        for span in spans:
-            ids, texts = tuple(range(STEPS)), (b" token",) * STEPS
-            out.export(
-                GenerationEnd(TRACE, span, 9, "ok", "stop", STEPS, output_token_ids=ids, output_token_bytes=texts),
-                NOTHING,
-            )
+            out.export(record, payload)
         assert out.problem is None, out.problem
 
     return run
 
 
-@contextmanager
-def folder(place: str) -> Iterator[Path]:
-    """A fresh directory there, gone afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="writer-", dir=place))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
+def cpu(run: Run, root: Path, work: Work) -> float:
+    """CPU seconds of one run in a fresh directory."""
+    place = Path(tempfile.mkdtemp(dir=root))
+    before = time.process_time()
+    run(place, work)
+    return time.process_time() - before
 
 
-def cpu(run: Callable[[Path, list[Step]], None], place: str, work: list[Step]) -> float:
-    """CPU seconds of one run."""
-    with folder(place) as root:
-        before = os.times()
-        run(root, work)
-        after = os.times()
-    return after.user - before.user + after.system - before.system
+def measure(root: Path, work: Work, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each kind and round."""
+    runs = {"append": append} | {codec: export(codec) for codec in CODECS}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name in list(runs) if number % 2 == 0 else reversed(runs):
+            seconds[name].append(cpu(runs[name], root, work))
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def line(name: str, values: list[float], unit: str) -> str:
@@ -145,17 +149,15 @@ def line(name: str, values: list[float], unit: str) -> str:
 def main() -> None:
     """Print a table: CPU per MB of plain appends, and the writer's ratio to it for each codec."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    work = steps()
-    size = REQUESTS * sum(payload.nbytes for _, payload in work) / MB
+    work = records()
+    size = sum(payload.nbytes for _, payload in work) / MB
     sys.stdout.write(f"{size:.0f} MB a run, {rounds} rounds; median (range)\n\n| | CPU |\n|---|---|\n")
-    runs: dict[str, Callable[[Path, list[Step]], None]] = {"append": append}
-    runs |= {codec: export(codec) for codec in CODECS}
     for place in PLACES:
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(rounds):
-            order = list(runs) if number % 2 == 0 else list(reversed(runs))
-            for name in order:
-                seconds[name].append(cpu(runs[name], place, work))
+        root = Path(tempfile.mkdtemp(prefix="writer-", dir=place))
+        try:
+            seconds = measure(root, work, rounds)
+        finally:
+            shutil.rmtree(root)
         sys.stdout.write(line(f"{place}: plain appends", [1000 * s / size for s in seconds["append"]], "ms/MB"))
         for codec in CODECS:
             ratios = [a / b for a, b in zip(seconds[codec], seconds["append"], strict=True)]

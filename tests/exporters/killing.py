@@ -57,7 +57,7 @@ def die_at(number: int) -> None:
     write = os.write
     for name in CALLS:
         setattr(os, name, wrap(name, getattr(os, name)))
-    shutil.copyfile = wrap("copyfile", shutil.copyfile)  # type: ignore[assignment]
+    shutil.copyfile = wrap("copyfile", shutil.copyfile)
 
 
 def write_and_die(root: Path, number: int) -> None:

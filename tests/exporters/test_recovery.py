@@ -15,6 +15,7 @@ import xarray as xr
 
 from exporters import journal
 from exporters.journal import FOLDER, Journal
+from exporters.shards import Placed
 from tests.exporters.killing import AGAIN, PLAN, plan
 from tests.exporters.synthetic import DECODE, FULL, NOTHING, Synthetic, attributes, engine, exporter, opened
 from tracer.records import GenerationEnd, GenerationStart, StepRecord
@@ -296,7 +297,7 @@ def test_an_end_that_was_written_is_the_end(tmp_path: Path) -> None:
 
 
 def test_entries_are_packed_and_unpacked() -> None:
-    where = journal.Placed(7, (5, 6))
+    where = Placed(7, (5, 6))
     numbers = (2**64 - 1, -1, 2, 3, 4, 5, 0.5, 1.5, 2.5, 3.5, 6)
     step = journal.StepEntry(3, numbers, [journal.RowEntry(1, 9, where)], [("logits", 3, "why")])
     assert journal.StepEntry.unpack(step.pack()) == step
