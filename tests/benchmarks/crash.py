@@ -1,8 +1,8 @@
 """`kill -9` at random moments: `python -m tests.benchmarks.crash [ROUNDS]`.
 
-Each round starts an API process, a worker process and the real exporter process on a fresh store, hands 6 generations of
-90 steps through the real rings (`tests/exporters/crashing.py`), and kills the exporter, the worker, or all three at once.
-Then the store is compared with what had been acknowledged. The table says how many rounds lost or left anything.
+Each round starts an API process, a worker process and the real exporter process on a fresh store, hands 6 generations
+of 90 steps through the real rings (`tests/exporters/crashing.py`), and kills the exporter, the worker, or all three at
+once. Then the store is compared with what had been acknowledged. The table says how many rounds lost or left anything.
 """
 
 from __future__ import annotations
