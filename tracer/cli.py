@@ -165,7 +165,7 @@ def _recover(options: argparse.Namespace) -> int:
     closed = [str(path) for path in configure.recover_store(config.load({"store": store}))]
     if options.json:
         return _print_json(closed)
-    show.emit(*closed, f"closed {len(closed)} captures in {store}")
+    show.emit(*closed, f"{len(closed)} closed in {store}")
     return 0
 
 
