@@ -126,8 +126,10 @@ class PrefillMap:
     def publish(self, keys: int) -> None:
         """Tell readers how many query rows are finished; `keys` is `attention`'s, so that `key_pos` agrees."""
         layers, heads = self.layout.shard[:2]
-        self.metadata = self.layout.metadata((layers, heads, self.ready(), keys), self._codec_name)
-        write_json(self._directory / METADATA, self.metadata)
+        metadata = self.layout.metadata((layers, heads, self.ready(), keys), self._codec_name)
+        if metadata != self.metadata:
+            write_json(self._directory / METADATA, metadata)
+            self.metadata = metadata
 
     def close(self) -> None:
         """Write what was waiting for more rows and finish every shard."""

@@ -103,8 +103,10 @@ class StepRows:
         row = self.layout.shard[1:]
         if self._has_keys:
             row = (*row[:-1], keys or row[-1])
-        self.metadata = self.layout.metadata((steps, *row), self._codec_name)
-        write_json(self._directory / METADATA, self.metadata)
+        metadata = self.layout.metadata((steps, *row), self._codec_name)
+        if metadata != self.metadata:
+            write_json(self._directory / METADATA, metadata)
+            self.metadata = metadata
 
     def close(self, steps: int) -> None:
         """Finish everything and leave no row at or past `steps`."""
