@@ -162,7 +162,7 @@ class Journal:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
             except FileNotFoundError:  # Another process removed the empty directory just now.
                 continue
-            if _locked(path, fd):
+            if _locked(path, fd, without_locks=True):
                 return cls(path, fd)
 
     @classmethod
@@ -172,7 +172,7 @@ class Journal:
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        return cls(path, fd) if _locked(path, fd) else None
+        return cls(path, fd) if _locked(path, fd, without_locks=False) else None
 
     def begin(self, start: GenerationStart, engine: EngineInfo | None, settings: dict[str, Any]) -> None:
         """Write the facts of the generation."""
@@ -226,11 +226,20 @@ class Journal:
             raise OSError(errno.ENOSPC, "only a part of a journal record could be written", str(self.path))
 
 
-def _locked(path: Path, fd: int) -> bool:
-    """Lock the file; False, with the descriptor closed, if another holds it or it is no longer the file at `path`."""
-    with contextlib.suppress(OSError):
+def _locked(path: Path, fd: int, *, without_locks: bool) -> bool:
+    """Lock the file; False, with the descriptor closed, if another holds it or it is no longer the file at `path`.
+
+    without_locks: the answer on a file system that knows no locks, where nobody can tell a dead writer's journal.
+    """
+    held = True
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(fd).st_ino:
+    except BlockingIOError:
+        held = False
+    except OSError:
+        held = without_locks
+    with contextlib.suppress(FileNotFoundError):
+        if held and path.stat().st_ino == os.fstat(fd).st_ino:
             return True
     os.close(fd)
     return False

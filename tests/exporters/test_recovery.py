@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -271,6 +272,21 @@ def test_the_same_span_twice_leaves_the_first_as_it_is_even_if_the_writer_is_kil
     found = attributes(generation.path(tmp_path))
     assert (found["complete"], found["status"]) == (True, "ok")
     check_clean(tmp_path)
+
+
+def test_a_file_system_without_locks_still_stores_and_nobody_touches_what_may_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("exporters.journal.fcntl.flock", refuse)
+    generation = Synthetic(steps=2, spec=DECODE)
+    out = begin(tmp_path, 2, generation)
+    assert exporter(tmp_path).recover() == []
+    out.export(generation.end(), NOTHING)
+    assert out.problem is None
+    assert attributes(generation.path(tmp_path))["complete"] is True
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
