@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import shutil
+import struct
 import time
 from pathlib import Path
 from typing import Final
@@ -28,8 +29,8 @@ from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationSta
 __all__ = ["ZarrExporter"]
 
 LOG: Final = logging.getLogger("tensorspan.zarr")
-FAILURES: Final = (OSError, ValueError, TypeError, OverflowError)
-"""The file system's, and those of values that no array or JSON can hold: each ends one capture and nothing else."""
+FAILURES: Final = (OSError, ValueError, TypeError, OverflowError, struct.error)
+"""The file system's, and those of values that nothing of ours can hold: each ends one capture and nothing else."""
 
 
 class ZarrExporter:
