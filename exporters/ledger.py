@@ -47,6 +47,20 @@ class Ledger:
         """Something of `array` was lost at `step`, or while the prompt was read (None)."""
         self._drops.append(_Drop(array, step, cause))
 
+    def mark(self) -> int:
+        """A point that `since` counts from."""
+        return len(self._drops)
+
+    def since(self, mark: int) -> Sequence[tuple[str, int | None, str]]:
+        """(array, step, cause) of what was dropped after that point."""
+        return self._drops[mark:]
+
+    def gone(self, array: str, step: int, cause: str) -> None:
+        """Row `step` of `array` was in the capture and is no longer."""
+        if step in self._steps.get(array, ()):
+            self._steps[array].discard(step)
+            self.drop(array, step, cause)
+
     def state(self, array: str, what: str, reason: str) -> None:
         """A fact about the whole array, e.g. a layer that cannot be captured."""
         self._facts.append({"array": array, "what": what, "reason": reason})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ __all__ = ["view_array"]
 def view_array(item: ArraySlice, payload: memoryview) -> NDArray[Any]:
     """The array of that slice, inside `payload`: no copy, and valid no longer than the payload.
 
-    Raises ValueError if the payload is too short and TypeError if NumPy does not know the dtype.
+    Raises TypeError if the payload is too short or NumPy does not know the dtype, ValueError for a negative shape.
     """
-    flat = np.frombuffer(payload, np.dtype(item.dtype), prod(item.shape), item.offset)
-    return flat.reshape(item.shape)
+    return np.ndarray(item.shape, item.dtype, payload, item.offset)

@@ -1,8 +1,9 @@
 """One capture while it is written: from the generation's start to its end.
 
 Order of writing, so that a reader at any moment, also after `kill -9`, sees a correct prefix: the group with
-`complete: false`; rows into `<shard>.part`; a full shard's index and rename; the arrays' `zarr.json` with the grown
-shape; at the end the small arrays and, last, the group with `complete` and `closed`.
+`complete: false`; rows into `<shard>.part`, and after each step's rows its record in the journal; a full shard's index
+and rename; the arrays' `zarr.json` with the grown shape; at the end the small arrays, then the group with `complete`
+and `closed`. Its owner removes the journal last.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.journal import Journal, PromptBlock, PromptEntry, RowEntry, StepEntry
 from exporters.ledger import EVERYTHING, NUMBERS, Ledger
 from exporters.payload import view_array
-from exporters.shards import make_directory, write_json
+from exporters.prefill_map import PrefillMap
+from exporters.shards import write_json
 from exporters.store_budget import StoreBudget
-from exporters.zarr_arrays import PrefillMap, StepRows, write_flat
+from exporters.zarr_arrays import StepRows, write_flat
 from exporters.zarr_facts import (
     Numbers,
     attention_axes,
     end_attributes,
-    key_capacity,
     number_columns,
     numbers_of,
+    prompt_layout,
+    row_layout,
     start_attributes,
     token_text,
 )
@@ -45,12 +49,18 @@ from tracer.store_files import CaptureName
 __all__ = ["OpenCapture"]
 
 Array = NDArray[Any]
+Shape = tuple[int, ...]
 MB: Final = 1_000_000
+STOPPED: Final = "the exporter process was stopped"
 KV_LEN: Final = list(schema.STEP_NUMBERS).index("kv_len")
 
 
 class OpenCapture:
-    """The group of one generation; methods raise OSError as the file system does, and nothing else on purpose."""
+    """The group of one generation; methods raise OSError as the file system does, and nothing else on purpose.
+
+    directory: made already; nothing is written to it before `begin`. `exporters.recovery` fills a new object from a
+    journal instead.
+    """
 
     def __init__(
         self,
@@ -58,11 +68,14 @@ class OpenCapture:
         start: GenerationStart,
         engine: EngineInfo | None,
         settings: Settings,
-        budget: StoreBudget,
+        journal: Journal,
+        budget: StoreBudget | None = None,
     ) -> None:
         assert start.capture is not None
+        self.directory = directory
+        self.span_id = start.span_id
+        self.journal = journal
         self._spec: CaptureSpec = start.capture
-        self._directory = directory
         self._start = start
         self._engine = engine
         self._settings = settings
@@ -78,6 +91,8 @@ class OpenCapture:
         """One past the highest step seen."""
         self._shown = 0
         """Rows that readers can see."""
+        self._due = 0
+        """Steps that must have come before `_show` has something to do."""
         self._shown_queries = 0
         self._longest = 0
         """Keys of the longest row, once the last valid step is known."""
@@ -87,15 +102,13 @@ class OpenCapture:
         self.over_budget = False
         """True if that was the store's budget."""
         self._state_limits()
-        make_directory(directory)
-        self._write_group(None)
-        if start.prompt_token_ids:
-            self._write_flat("prompt_token_id", "prompt_pos", np.array(start.prompt_token_ids, np.int32))
 
-    @property
-    def directory(self) -> Path:
-        """Where the group is."""
-        return self._directory
+    def begin(self) -> None:
+        """Write the facts known at the start, the journal's first."""
+        chosen = {"codec": self._settings.codec, "capture_text": self._settings.capture_text}
+        self.journal.begin(self._start, self._engine, chosen)
+        self._write_group(None)
+        self._write_prompt()
 
     @property
     def name(self) -> CaptureName:
@@ -104,19 +117,22 @@ class OpenCapture:
 
     def step(self, record: StepRecord, payload: memoryview) -> None:
         """Store what one step brought."""
-        step = record.step
+        step, mark = record.step, self._ledger.mark()
         self._note_drops(record.dropped, step)
         if step is None:
+            if record.dropped:
+                self.journal.step(StepEntry(-1, None, (), self._ledger.since(mark)))
             return
-        self._numbers[step] = numbers_of(record)
-        self._ledger.stored(NUMBERS, step)
-        for item in record.arrays:
-            self._put(step, item, payload)
-        self._steps = max(self._steps, step + 1)
+        numbers = numbers_of(record)
+        rows = [row for item in record.arrays if (row := self._put(step, item, payload)) is not None]
+        self.journal.step(StepEntry(step, numbers, rows, self._ledger.since(mark)))
+        self._number(step, numbers)
         self._show()
 
     def prompt_rows(self, record: ArrayRecord, payload: memoryview) -> None:
         """Store blocks of the prompt's own attention map."""
+        blocks: list[PromptBlock] = []
+        mark = self._ledger.mark()
         self._note_drops(record.dropped, None)
         for item in record.arrays:
             block = self._take(item, payload, None)
@@ -127,14 +143,26 @@ class OpenCapture:
             if prefill is None or not prefill.fits(slot, first, block):
                 self._ledger.drop(item.name, None, f"block {item.shape} at {item.start} does not fit the array")
             else:
-                self._count(prefill.put(slot, first, block))
+                prefill.put(slot, first, block)
+                blocks += self._take_blocks(prefill)
+        self.journal.prompt(PromptEntry(blocks, self._ledger.since(mark)))
         self._show_queries()
 
-    def end(self, end: GenerationEnd, status: str) -> None:
+    def end(self, end: GenerationEnd) -> None:
         """Finish: trim surplus rows, write the small arrays, say what is missing."""
+        self._flush_prompt()
+        self.journal.end(end)
+        self._close(end, end.status)
+
+    def interrupted(self, time_ns: int, status: str = "interrupted", reason: str = STOPPED) -> None:
+        """End without a GenerationEnd: everything that has come is kept."""
+        self._flush_prompt()
+        self._ledger.state(EVERYTHING, f"all from step {self._steps} on", reason)
+        start = self._start
+        self._close(GenerationEnd(start.trace_id, start.span_id, time_ns, "aborted", "", self._steps), status)
+
+    def _close(self, end: GenerationEnd, status: str) -> None:
         steps = end.output_tokens
-        if status == "interrupted":
-            self._ledger.state(EVERYTHING, f"all from step {steps} on", "the exporter process was stopped")
         self._shown = steps
         self._longest = max((int(row[KV_LEN]) for step, row in self._numbers.items() if step < steps), default=0)
         for rows in self._rows.values():
@@ -148,35 +176,52 @@ class OpenCapture:
         missing = self._ledger.missing(steps, self._prompt_seen(), end.cached_tokens, layers)
         self._attributes |= end_attributes(end, status, missing, self._ledger.dropped(steps))
         self._attributes["stored"] = self._stored()
-        self._write_group(self._metadata())
-
-    def interrupted(self, time_ns: int) -> None:
-        """End without a GenerationEnd: everything that has come is kept."""
-        start = self._start
-        self.end(GenerationEnd(start.trace_id, start.span_id, time_ns, "aborted", "", self._steps), "interrupted")
+        self._write_group(self.arrays())
 
     def abandon(self, reason: str) -> None:
-        """The store cannot be written: give descriptors back and, if that much is possible, say so."""
+        """The store cannot be written: give descriptors back and, if that much is possible, say so.
+
+        The journal stays: what has come is closed later, by this process or the next.
+        """
+        self.release()
+        self.fail(reason)
+
+    def release(self) -> None:
+        """Give descriptors back, and the journal's lock."""
         for rows in self._rows.values():
             rows.release()
         if self._prefill is not None:
             self._prefill.release()
+        self.journal.release()
+
+    def fail(self, reason: str) -> None:
+        """Say in the group that this capture cannot be written."""
         entry = {"array": EVERYTHING, "what": f"all from step {self._shown} on", "reason": reason}
         self._attributes |= {"complete": False, "closed": True, "status": "failed", "missing": [entry]}
         self._write_group(None)
 
     # -- rows --------------------------------------------------------------------------------------------------
 
-    def _put(self, step: int, item: ArraySlice, payload: memoryview) -> None:
+    def _put(self, step: int, item: ArraySlice, payload: memoryview) -> RowEntry | None:
         row = self._take(item, payload, step)
         if row is None:
-            return
-        rows = self._rows.get(item.name) or self._new_rows(item.name, row)
+            return None
+        rows = self._rows.get(item.name) or self._new_rows(item.name, row.shape)
         if rows is None or any(item.start) or not rows.fits(row):
             self._ledger.drop(item.name, step, f"row {item.shape} at {item.start} does not fit the array")
-            return
-        self._count(rows.put(step, row))
+            return None
+        placed, infinite = rows.put(step, row)
+        self._count(sum(placed.sizes))
         self._ledger.stored(item.name, step)
+        return RowEntry(rows.number, infinite, placed)
+
+    def _number(self, step: int, numbers: Numbers) -> None:
+        self._numbers[step] = numbers
+        self._ledger.stored(NUMBERS, step)
+        if step >= self._steps:
+            self._steps = step + 1
+        else:  # It came late, into a shard that has been finished.
+            self._due = 0
 
     def _take(self, item: ArraySlice, payload: memoryview, step: int | None) -> Array | None:
         """The slice's array, or None, with the reason booked, if it cannot or may not be stored."""
@@ -195,65 +240,68 @@ class OpenCapture:
         """Why an array of that size may not be stored; after the first refusal nothing is: no holes."""
         if self._stopped is None and self._written + size > self._settings.request_mb * MB:
             self._stopped = f"byte budget of {self._settings.request_mb} MB reached"
-        elif self._stopped is None:
+        elif self._stopped is None and self._budget is not None:
             self._stopped = self._budget.refusal()
             self.over_budget = self._stopped is not None
         return self._stopped
 
     def _count(self, written: int) -> None:
         self._written += written
-        self._budget.add(written)
+        if self._budget is not None:
+            self._budget.add(written)
 
-    def _new_rows(self, name: str, row: Array) -> StepRows | None:
+    def _new_rows(self, name: str, shape: Shape) -> StepRows | None:
         """Create the array at its first row; None if the capture did not ask for it or the row cannot be one."""
-        layout = self._layout(name, row)
+        layout = self._layout(name, shape)
         if layout is None:
             return None
         if "layer" in layout.dims:
             self._write_axes(layout.shard[1], layout.shard[2])
-        rows = StepRows(self._directory, layout, self._settings.codec, self._keys())
-        self._rows[name] = rows
-        if self._shown:
-            rows.publish(self._shown, self._keys())
+        self.journal.array(name, shape, layout)
+        rows = self._add_rows(layout)
+        rows.create(self._shown, self._keys())
         return rows
 
-    def _layout(self, name: str, row: Array) -> ArrayLayout | None:
-        spec = self._spec
-        match name, row.shape:
-            case schema.LOGITS, (vocab,) if spec.logits is not None:
-                return schema.logits_layout(vocab, spec.logits.dtype)
-            case schema.LOGITS_TOPK, (k,) if spec.logits is not None:
-                return schema.logits_topk_layout(k, spec.logits.dtype)
-            case schema.LOGITS_TOPK_ID, (k,) if spec.logits is not None:
-                return schema.logits_topk_id_layout(k)
-            case schema.ATTENTION, (layers, heads, _) if spec.attention is not None and self._is_axes(layers, heads):
-                capacity = key_capacity(self._start, self._engine)
-                return schema.attention_layout(layers, heads, self._start.prompt_tokens, capacity, spec.attention.dtype)
-            case schema.ATTENTION_SUMMARY, (layers, heads, _) if self._is_axes(layers, heads):
-                return schema.attention_summary_layout(layers, heads)
-        return None
+    def _add_rows(self, layout: ArrayLayout) -> StepRows:
+        rows = StepRows(self.directory, layout, self._settings.codec, len(self._rows))
+        self._rows[layout.name] = rows
+        self._due = 0
+        return rows
 
-    def _is_axes(self, layers: int, heads: int) -> bool:
-        return self._axes is None or (layers, heads) == (len(self._axes.layers), len(self._axes.heads))
+    def _layout(self, name: str, shape: Shape) -> ArrayLayout | None:
+        return row_layout(name, shape, self._start, self._engine, self._axes)
 
     def _prefill_map(self) -> PrefillMap | None:
-        spec, axes = self._spec.attention, self._axes
-        wanted = spec is not None and spec.rows == "all" and axes is not None and self._start.prompt_tokens > 0
-        if self._prefill is None and wanted:
-            assert spec is not None
-            assert axes is not None
-            layers, heads, prompt = len(axes.layers), len(axes.heads), self._start.prompt_tokens
-            layout = schema.attention_prefill_layout(layers, heads, prompt, spec.dtype)
-            self._write_axes(layers, heads)
-            self._prefill = PrefillMap(self._directory, layout, self._settings.codec, prompt)
-            self._prefill.publish(self._keys())
+        if self._prefill is None and (prefill := self._prompt_array()) is not None:
+            self._write_axes(*prefill.layout.shard[:2])
+            prefill.create(self._keys())
+            self._prefill = prefill
         return self._prefill
+
+    def _prompt_array(self) -> PrefillMap | None:
+        """The map, unless it was not asked for or its axes are not known."""
+        layout = prompt_layout(self._start, self._axes)
+        if layout is None:
+            return None
+        return PrefillMap(self.directory, layout, self._settings.codec, self._start.prompt_tokens)
+
+    def _take_blocks(self, prefill: PrefillMap) -> list[PromptBlock]:
+        blocks = prefill.take_written()
+        self._count(sum(sum(block.placed.sizes) for block in blocks))
+        return blocks
+
+    def _flush_prompt(self) -> None:
+        """Write the prompt rows that wait for others of their block, and say so in the journal."""
+        if self._prefill is not None:
+            self._prefill.flush()
+            if blocks := self._take_blocks(self._prefill):
+                self.journal.prompt(PromptEntry(blocks))
 
     # -- what readers see --------------------------------------------------------------------------------------
 
     def _show(self) -> None:
         """Publish the steps that every array has in finished shards."""
-        if not self._rows:
+        if not self._rows or self._steps < self._due:
             return
         ready = min([rows.settle(self._steps) for rows in self._rows.values()])
         if ready > self._shown:
@@ -262,9 +310,13 @@ class OpenCapture:
                 rows.publish(ready, self._keys())
             if self._prefill is not None:
                 self._prefill.publish(self._keys())
+        self._due = min([rows.due for rows in self._rows.values()])
 
     def _show_queries(self) -> None:
-        if self._prefill is not None and self._prefill.ready() > self._shown_queries:
+        if self._prefill is None:
+            return
+        self._prefill.settle()
+        if self._prefill.ready() > self._shown_queries:
             self._shown_queries = self._prefill.ready()
             self._prefill.publish(self._keys())
 
@@ -283,6 +335,10 @@ class OpenCapture:
             self._write_flat("token_bytes", "token_byte", text[0])
             self._write_flat("token_offset", "token_edge", text[1])
 
+    def _write_prompt(self) -> None:
+        if self._start.prompt_token_ids:
+            self._write_flat("prompt_token_id", "prompt_pos", np.array(self._start.prompt_token_ids, np.int32))
+
     def _write_axes(self, layers: int, heads: int) -> None:
         """Coordinate arrays `layer` and `head`: the model's indices."""
         if "layer" in self._flat:
@@ -294,12 +350,13 @@ class OpenCapture:
     def _write_flat(
         self, name: str, dim: str, values: Array, fill: float = 0, attributes: dict[str, Any] | None = None
     ) -> None:
-        self._flat[name] = write_flat(self._directory, name, dim, values, fill, attributes)
+        self._flat[name] = write_flat(self.directory, name, dim, values, fill, attributes)
 
     def _write_group(self, arrays: dict[str, dict[str, Any]] | None) -> None:
-        write_json(self._directory / "zarr.json", schema.group_metadata("capture", self._attributes, arrays))
+        write_json(self.directory / "zarr.json", schema.group_metadata("capture", self._attributes, arrays))
 
-    def _metadata(self) -> dict[str, dict[str, Any]]:
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """`zarr.json` of every array by name."""
         big = {name: rows.metadata for name, rows in self._rows.items()}
         if self._prefill is not None:
             big[schema.ATTENTION_PREFILL] = self._prefill.metadata
@@ -309,7 +366,7 @@ class OpenCapture:
         """Per array: what precision the values had, have, and what that cost."""
         source = self._engine.dtype if self._engine is not None else "unknown"
         out: dict[str, dict[str, Any]] = {}
-        for name, metadata in self._metadata().items():
+        for name, metadata in self.arrays().items():
             if name in (schema.LOGITS, schema.LOGITS_TOPK):
                 overflow = self._rows[name].overflow
                 out[name] = {"source_dtype": source, "stored_dtype": metadata["data_type"], "overflow": overflow}

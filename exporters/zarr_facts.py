@@ -9,8 +9,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tracer import schema
 from tracer.records import AttentionSpec, EngineInfo, GenerationEnd, GenerationStart, LayerInfo, StepRecord
-from tracer.schema import COORDINATES, ROW_CONVENTION, STEP_NUMBERS
+from tracer.schema import COORDINATES, ROW_CONVENTION, STEP_NUMBERS, ArrayLayout
 
 __all__ = [
     "AttentionAxes",
@@ -20,6 +21,8 @@ __all__ = [
     "key_capacity",
     "number_columns",
     "numbers_of",
+    "prompt_layout",
+    "row_layout",
     "start_attributes",
     "token_text",
 ]
@@ -62,6 +65,39 @@ def key_capacity(start: GenerationStart, engine: EngineInfo | None) -> int:
         return max(limit, start.prompt_tokens) or start.prompt_tokens + UNKNOWN_TOKENS
     wanted = start.prompt_tokens + start.max_tokens
     return min(wanted, limit) if limit else wanted
+
+
+def row_layout(
+    name: str, shape: tuple[int, ...], start: GenerationStart, engine: EngineInfo | None, axes: AttentionAxes | None
+) -> ArrayLayout | None:
+    """The array over `step` of that name for rows of that shape; None if the capture cannot have it."""
+    spec = start.capture
+    assert spec is not None
+    match name, shape:
+        case schema.LOGITS, (vocab,) if spec.logits is not None:
+            return schema.logits_layout(vocab, spec.logits.dtype)
+        case schema.LOGITS_TOPK, (k,) if spec.logits is not None:
+            return schema.logits_topk_layout(k, spec.logits.dtype)
+        case schema.LOGITS_TOPK_ID, (k,) if spec.logits is not None:
+            return schema.logits_topk_id_layout(k)
+        case schema.ATTENTION, (layers, heads, _) if spec.attention is not None and _agree(axes, layers, heads):
+            capacity = key_capacity(start, engine)
+            return schema.attention_layout(layers, heads, start.prompt_tokens, capacity, spec.attention.dtype)
+        case schema.ATTENTION_SUMMARY, (layers, heads, _) if _agree(axes, layers, heads):
+            return schema.attention_summary_layout(layers, heads)
+    return None
+
+
+def _agree(axes: AttentionAxes | None, layers: int, heads: int) -> bool:
+    return axes is None or (layers, heads) == (len(axes.layers), len(axes.heads))
+
+
+def prompt_layout(start: GenerationStart, axes: AttentionAxes | None) -> ArrayLayout | None:
+    """The prompt's own map; None if it was not asked for or its axes are not known."""
+    spec = start.capture.attention if start.capture is not None else None
+    if spec is None or spec.rows != "all" or axes is None or not start.prompt_tokens:
+        return None
+    return schema.attention_prefill_layout(len(axes.layers), len(axes.heads), start.prompt_tokens, spec.dtype)
 
 
 def start_attributes(start: GenerationStart, engine: EngineInfo | None) -> dict[str, Any]:

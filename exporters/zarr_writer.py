@@ -1,8 +1,9 @@
 """Captures into a directory of Zarr v3 groups: the way out for arrays.
 
 A store that cannot be written costs captures and never a request: the failure is counted in `lost` and described in
-`problem`, and the next capture tries again. Where the store is a bucket, captures are written to its spool in the same
-way, and `exporters.remote_store` takes them on from there once they are closed.
+`problem`, and the next capture tries again. What a killed or failed writer left is closed at the first record, and
+again whenever a capture begins. Where the store is a bucket, captures are written to its spool in the same way, and
+`exporters.remote_store` takes them on from there once they are closed.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
+import shutil
+import struct
 import time
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
-from exporters.retention import Retention
+from exporters.journal import FOLDER, Journal, leftovers
+from exporters.recovery import is_blank, recover
 from exporters.shards import make_directory, write_json
-from exporters.store_budget import StoreBudget
+from exporters.store_front import StoreFront
 from exporters.zarr_capture import OpenCapture
-from tracer import config, schema
+from tracer import schema
 from tracer.config import Settings
 from tracer.errors import StoreError
 from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationStart, Record, StepRecord
-from tracer.span_index import SpanIndex
 
 if TYPE_CHECKING:
     from exporters.remote_store import RemoteStore
@@ -33,38 +34,44 @@ if TYPE_CHECKING:
 __all__ = ["ZarrExporter"]
 
 LOG: Final = logging.getLogger("tensorspan.zarr")
-FAILURES: Final = (OSError, ValueError, TypeError, OverflowError)
-"""The file system's, and those of values that no array or JSON can hold: each ends one capture and nothing else."""
-SPOOL_FULL: Final = "SpoolFullError"
-OVER_BUDGET: Final = "EDQUOT"
-"""Key in `lost` of captures that the store's budget ended, as of those that a quota of the file system ends."""
+FAILURES: Final = (OSError, ValueError, TypeError, OverflowError, struct.error)
+"""The file system's, and those of values that nothing of ours can hold: each ends one capture and nothing else."""
 RETRIES: Final = 4
 """`tensorspan prune` may remove a trace that is empty between our making it and our first capture in it."""
-Arrays = TypeVar("Arrays", bound=StepRecord | ArrayRecord)
 
 
 class ZarrExporter:
     """Writes each captured generation to `<store>/<trace_id>/<span_id>`. One thread at a time."""
 
     def __init__(self, settings: Settings) -> None:
-        self.lost: dict[str, int] = {}
-        """Captures not written, or not to their end, by cause (`ENOSPC`, `EACCES`, `SpoolFullError`, ...)."""
-        self.problem: str | None = None
-        """What is wrong with the store now, and the repair; None if the last capture could be opened."""
         self._settings = settings
-        self._root = config.local_store(settings)
+        self._store = StoreFront(settings)
+        self._root = self._store.root
         self._engine: EngineInfo | None = None
         self._open: dict[str, OpenCapture] = {}
-        self._cut: set[str] = set()
-        """Open captures that get no more arrays, because the spool has no room."""
-        self.remote = _remote_store(settings)
+        self._unfinished: dict[str, str | None] = {}
+        """Captures that could not be closed, by their journals: why their writer gave them up, if that is known."""
+        self._looked = False
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Captures that could not be written, or not to their end, by cause (`ENOSPC`, `EACCES`, ...)."""
+        return self._store.lost
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the store now, and the repair; None if the last capture could be opened."""
+        return self._store.problem
+
+    @property
+    def remote(self) -> RemoteStore | None:
         """What sends closed captures to the bucket; None if the store is a directory."""
-        self._index = SpanIndex(self._root)
-        self._budget = StoreBudget(self._root, settings.store_mb)
-        self._retention = Retention(self._root, settings.keep)
+        return self._store.remote
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; `payload` is valid only during the call. A store that fails is counted, not raised."""
+        if not self._looked:
+            self.recover()
         if isinstance(record, EngineInfo):
             if record.rank == 0 or self._engine is None:
                 self._engine = record
@@ -81,11 +88,13 @@ class ZarrExporter:
 
     def force_flush(self, timeout_s: float) -> bool:
         """Wait for the bucket, if the store is one; else nothing is held back but the parts of unfinished shards."""
-        return self.remote is None or self.remote.flush(timeout_s)
+        if not self._looked:
+            self.recover()
+        return self._store.flush(timeout_s)
 
     def pending(self) -> Collection[str]:
         """Captures that are closed and not yet in the bucket."""
-        return self.remote.pending() if self.remote is not None else ()
+        return self._store.pending()
 
     def shutdown(self, timeout_s: float) -> bool:
         """Close captures that are still open as interrupted; False if time ran out and some stayed as they are.
@@ -99,32 +108,75 @@ class ZarrExporter:
                 break
             try:
                 capture.interrupted(time.time_ns())
+                self._done(capture)
             except FAILURES as error:
                 self._fail(span_id, error)
-            if self._open.get(span_id) is not None:
-                self._closed(capture)
-        sent = self.remote is None or self.remote.shutdown(max(deadline - time.monotonic(), 0.0))
-        self._index.stop()
-        return in_time and sent
+        if in_time and (self._unfinished or not self._looked):
+            self.recover()
+        return self._store.shutdown(max(deadline - time.monotonic(), 0.0)) and in_time
+
+    def recover(self) -> list[Path]:
+        """Close what killed and failed writers left in this store; returns the captures that are closed now.
+
+        Captures of living writers, in this process or another, are left alone: they hold their journals' locks.
+        """
+        self._looked = True
+        try:
+            left = leftovers(self._root)
+        except OSError as error:
+            self._store.count(f"{self._root / FOLDER} cannot be read", error)
+            return []
+        found = [done for path, trace, span in left if (done := self._recover(path, self._root / trace / span))]
+        with contextlib.suppress(OSError):  # It is not empty, or not there.
+            (self._root / FOLDER).rmdir()
+        if found:
+            LOG.info("closed %d captures that an earlier writer had left open", len(found))
+        return found
+
+    def _recover(self, path: Path, directory: Path) -> Path | None:
+        """Close one capture unless its writer lives; a failure is counted once and tried again later."""
+        taken: Journal | None = None
+        try:
+            taken = Journal.take(path)
+            if taken is None:
+                return None
+            known = recover(taken, directory, self._settings, self._unfinished.get(path.name))
+            self._unfinished.pop(path.name, None)
+            if known:
+                self._store.closed(directory)
+            taken.remove()
+        except OSError as error:
+            if taken is not None:
+                taken.release()
+            if path.name not in self._unfinished:
+                self._store.count(f"what was left of capture {directory.name} cannot be closed", error)
+                self._unfinished[path.name] = None
+            return None
+        except Exception:
+            if taken is not None:
+                taken.release()
+            LOG.exception("tensorspan: %s cannot be read; the capture stays as it is", path)
+            return None
+        return directory if known else None
 
     def _begin(self, start: GenerationStart) -> None:
         if start.capture is None:
             return
         if not (schema.is_trace_id(start.trace_id) and schema.is_span_id(start.span_id)):
             raise StoreError(errno.EINVAL, "IDs are not lowercase hexadecimal", f"{start.trace_id}/{start.span_id}")
-        if self.remote is not None and not self.remote.spool.has_room:
-            raise self.remote.spool.full()
-        self._retention.look()
-        refusal = self._budget.refusal()
-        with self.remote.spool.locked() if self.remote is not None else contextlib.nullcontext():
-            capture = self._open[start.span_id] = self._new_capture(start)
-        self._index.begin(start.trace_id, start.span_id, start.start_ns)
+        if self._unfinished:
+            self.recover()
+        refusal = self._store.admit()
+        with self._store.locked():
+            capture = self._new_capture(start)
+        self._open[start.span_id] = capture
+        self._store.begun(start, capture.directory)
         if refusal is None:
-            self.problem = None
+            self._store.problem = None
         else:  # Its group alone is kept, to say why there is nothing in it.
-            capture.abandon(refusal)
-            self._book_refusal(start.span_id, refusal)
-            self._closed(capture)
+            capture.fail(refusal)
+            self._store.refused(start.span_id, refusal)
+            self._done(capture)
 
     def _new_capture(self, start: GenerationStart) -> OpenCapture:
         for _ in range(RETRIES):
@@ -134,88 +186,67 @@ class ZarrExporter:
 
     def _try_capture(self, start: GenerationStart) -> OpenCapture:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        journal = Journal.create(self._root / FOLDER / f"{start.trace_id}-{start.span_id}")
+        made: Path | None = None
+        try:
+            made = self._make_directory(start, journal)
+            capture = OpenCapture(made, start, self._engine, self._settings, journal, self._store.budget)
+            capture.begin()
+        except BaseException:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                journal.remove()
+            raise
+        return capture
+
+    def _make_directory(self, start: GenerationStart, journal: Journal) -> Path:
+        """The capture's own directory, below groups for store and trace."""
         trace = self._root / start.trace_id
-        _ensure_group(self._root, "store", {})
+        directory = trace / start.span_id
+        _ensure_group(self._root, "store", {}, journal.temporary)
         with contextlib.suppress(FileExistsError):
             make_directory(trace)
-        _ensure_group(trace, "trace", {"trace_id": start.trace_id})
-        directory = trace / start.span_id
-        capture = OpenCapture(directory, start, self._engine, self._settings, self._budget)
-        if self.remote is not None:
-            self.remote.spool.opened(directory)
-        return capture
+        _ensure_group(trace, "trace", {"trace_id": start.trace_id}, journal.temporary)
+        if is_blank(directory):
+            # Killed between the start and its acknowledgement: the queue hands the start over once more.
+            shutil.rmtree(directory)
+        make_directory(directory)
+        return directory
 
     def _pass_on(
         self, capture: OpenCapture, record: StepRecord | ArrayRecord | GenerationEnd, payload: memoryview
     ) -> None:
         if isinstance(record, StepRecord):
-            capture.step(self._fitting(record, payload), payload)
+            capture.step(self._store.fitting(record, payload), payload)
         elif isinstance(record, ArrayRecord):
-            capture.prompt_rows(self._fitting(record, payload), payload)
+            capture.prompt_rows(self._store.fitting(record, payload), payload)
         else:
-            capture.end(record, record.status)
-            self._closed(capture)
-
-    def _fitting(self, record: Arrays, payload: memoryview) -> Arrays:
-        """The record, without its arrays from the moment on that the spool has no room: no holes."""
-        if self.remote is None or not record.arrays:
-            return record
-        if record.span_id not in self._cut:
-            if self.remote.spool.admit(payload.nbytes):
-                return record
-            self._cut.add(record.span_id)
-            self._count(record.span_id, self.remote.spool.full())
-        dropped = (f"{item.name}: the spool of {self.remote.url} is full" for item in record.arrays)
-        return replace(record, arrays=(), dropped=(*record.dropped, *dropped))
-
-    def _closed(self, capture: OpenCapture) -> None:
-        """The capture is as it will stay: its step spans lead to it from now on."""
-        span_id = capture.directory.name
-        self._open.pop(span_id, None)
-        self._cut.discard(span_id)
-        self._index.close(*capture.name)
-        if capture.over_budget:
-            self._book_refusal(span_id, "the store's budget was reached while it was written")
-        if self.remote is not None:
-            self.remote.closed(capture.directory)
-
-    def _book_refusal(self, span_id: str, reason: str) -> None:
-        self.lost[OVER_BUDGET] = self.lost.get(OVER_BUDGET, 0) + 1
-        first = self.problem is None
-        self.problem = (
-            f"capture {span_id} is not stored in full: {reason}; TENSORSPAN_STORE_MB={self._settings.store_mb}, run "
-            f"`tensorspan prune {os.fspath(self._root)}`; captures go on by themselves once there is room"
-        )
-        if first:
-            LOG.error("tensorspan: %s", self.problem)
+            capture.end(record)
+            self._done(capture)
 
     def _fail(self, span_id: str, error: Exception) -> None:
         """The capture is lost from here on; serving and other captures go on."""
-        self._count(span_id, error)
-        capture = self._open.get(span_id)
+        self._store.count(f"capture {span_id} cannot be written", error)
+        capture = self._open.pop(span_id, None)
         if capture is not None:
+            reason = f"the store could not be written: {error}"
+            self._unfinished[capture.journal.path.name] = reason
             with contextlib.suppress(*FAILURES):
-                capture.abandon(f"the store could not be written: {error}")
-            self._closed(capture)
+                capture.abandon(reason)
 
-    def _count(self, span_id: str, error: Exception) -> None:
-        cause = errno.errorcode.get(getattr(error, "errno", None) or 0, type(error).__name__)
-        self.lost[cause] = self.lost.get(cause, 0) + 1
-        repair = "" if cause == SPOOL_FULL else f"; make {os.fspath(self._root)} writable or free space"
-        self.problem = f"capture {span_id} cannot be written: {error}{repair}; the next capture tries again"
-        LOG.error("tensorspan: %s", self.problem)
-
-
-def _remote_store(settings: Settings) -> RemoteStore | None:
-    if not config.is_remote(settings.store):
-        return None
-    from exporters.remote_store import RemoteStore  # It brings asyncio along, which a directory does not need.
-
-    return RemoteStore(settings)
+    def _done(self, capture: OpenCapture) -> None:
+        """The capture is closed; its journal goes last."""
+        del self._open[capture.span_id]
+        self._store.closed(capture.directory)
+        if capture.over_budget:
+            self._store.refused(capture.span_id, "the store's budget was reached while it was written")
+        with contextlib.suppress(OSError):  # Then it goes at the next start.
+            capture.journal.remove()
 
 
-def _ensure_group(directory: Path, kind: str, attributes: dict[str, str]) -> None:
+def _ensure_group(directory: Path, kind: str, attributes: dict[str, str], temporary: Path) -> None:
     """Make `directory` a Zarr group unless it is one."""
     path = directory / "zarr.json"
     if not path.exists():
-        write_json(path, schema.group_metadata(kind, attributes))
+        write_json(path, schema.group_metadata(kind, attributes), temporary)

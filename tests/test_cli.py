@@ -285,6 +285,52 @@ def test_token_text_is_never_markup(tmp_path: Path, run: Run) -> None:
     assert "'[b]'" in run("show", out)[1]
 
 
+# -- recover -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def killed(store: Path) -> Path:
+    """A second capture in the store, of a writer that died after 4 steps."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tests.exporters.synthetic import DECODE, Synthetic, exporter\n"
+        "work, out = Synthetic(steps=4, spec=DECODE, span_id=sys.argv[2]), exporter(Path(sys.argv[1]))\n"
+        "for record, payload in list(work.records())[:-1]:\n"
+        "    out.export(record, payload)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(store), OTHER_SPAN], cwd=root, check=False)
+    assert done.returncode == -9
+    return store / TRACE / OTHER_SPAN
+
+
+def test_recover(store: Path, killed: Path, run: Run) -> None:
+    assert {entry["status"] for entry in parsed(run("list", "--json"))} == {"ok", "open"}
+    code, out, err = run("recover")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [f"captures/{TRACE}/{OTHER_SPAN}", "1 closed in ./captures"]
+    [entry] = [entry for entry in parsed(run("list", "--json")) if entry["span_id"] == OTHER_SPAN]
+    assert (entry["status"], entry["output_tokens"], entry["complete"]) == ("interrupted", 4, False)
+    assert "the exporter process was killed" in run("show", OTHER_SPAN)[1]
+    assert parsed(run("recover", store, "--json")) == []
+
+
+def test_recover_says_what_is_wrong(store: Path, killed: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, parts: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.writev", full)
+        code, out, err = run("recover")
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert "No space left on device" in err
+    assert "free space" in err
+    assert parsed(run("recover", "--json")) == [str(Path("captures") / TRACE / OTHER_SPAN)]
+
+
 # -- errors --------------------------------------------------------------------------------------------------------
 
 

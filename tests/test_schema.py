@@ -37,17 +37,27 @@ def test_shards_hold_whole_chunks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row_bytes", "steps"), [(98_304, 64), (304_128, 32), (3_200_000, 4), (1 << 24, 1), (1 << 30, 1), (8, 64)]
+    ("row_bytes", "steps"), [(98_304, 64), (304_128, 64), (3_200_000, 16), (1 << 24, 4), (1 << 30, 1), (8, 64)]
 )
-def test_steps_per_shard_keep_it_below_16_mib(row_bytes: int, steps: int) -> None:
+def test_steps_per_shard_keep_it_below_64_mib(row_bytes: int, steps: int) -> None:
     assert schema.shard_steps(row_bytes) == steps
 
 
 def test_attention_shards_do_not_shrink_because_the_model_allows_long_outputs() -> None:
     short = schema.attention_layout(30, 9, 400, 464, "f16")
     long = schema.attention_layout(30, 9, 400, 131_072, "f16")
-    assert short.shard == (32, 30, 9, 512)
-    assert long.shard == (32, 30, 9, 131_072)
+    assert short.shard == (64, 30, 9, 512)
+    assert long.shard == (64, 30, 9, 131_072)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "capacity", "keys"),
+    [(7, 600, 64), (256, 384, 64), (256, 8192, 64), (1000, 2048, 128), (4000, 8192, 256), (20, 131_072, 256)],
+)
+def test_short_rows_have_small_blocks_and_no_row_has_many(prompt: int, capacity: int, keys: int) -> None:
+    layout = schema.attention_layout(30, 9, prompt, capacity, "f16")
+    assert layout.chunk == (1, 30, 9, keys)
+    assert layout.shard[-1] // keys <= max(128, capacity // 256)
 
 
 def test_float32_attention_uses_byte_shuffle() -> None:

@@ -1,4 +1,4 @@
-"""The command `tensorspan`: serve, list, tree, show, index, prune, doctor.
+"""The command `tensorspan`: serve, list, tree, show, index, prune, recover, doctor.
 
 Exit codes: 0 done, 1 it could not be done, 2 the command line or a setting is wrong. Whatever was wrong is one line on
 stderr. Heavy modules are imported by the command that needs them.
@@ -91,10 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     pruning.add_argument("--keep", metavar="AGE", help="remove what is older: 12h, 7d, 2w (s, m, h, d, w)")
     pruning.add_argument("--max-bytes", metavar="SIZE", help="remove until no more is left: 500M, 50G (k, M, G, T)")
     pruning.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    recover = add("recover", _recover, "close what killed writers left in a store; a server's next start does it too")
+    recover.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
     doctor = add("doctor", _doctor, "what this installation can capture, and why not")
     for command in (tree, show, doctor):
         command.add_argument("--store", metavar="DIR|URL", help="default: TENSORSPAN_STORE or ./captures")
-    for command in (listing, tree, show, index, pruning, doctor):
+    for command in (listing, tree, show, index, pruning, recover, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -198,6 +200,20 @@ def _prune(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{item.path}  {item.bytes} bytes\n")
     done = "would be removed" if options.dry_run else "removed"
     sys.stdout.write(f"{len(removed)} {done}, {freed / 1e6:.1f} MB; {chosen.kept / 1e6:.1f} MB stay\n")
+    return 0
+
+
+def _recover(options: argparse.Namespace) -> int:
+    import logging
+
+    from tracer import configure, show
+
+    logging.getLogger("tensorspan").addHandler(logging.NullHandler())  # What is wrong is said once, by `main`.
+    store = _store(options)
+    closed = [str(path) for path in configure.recover_store(config.load({"store": store}))]
+    if options.json:
+        return _print_json(closed)
+    show.emit(*closed, f"{len(closed)} closed in {store}")
     return 0
 
 

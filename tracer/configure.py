@@ -25,11 +25,12 @@ from tracer import config, wire
 from tracer._guard import Guard
 from tracer.assemble import Assembler
 from tracer.config import Settings
+from tracer.errors import StoreError
 from tracer.export import Exporter, engine_infos
 from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
 
-__all__ = ["ExporterProcess", "exporter_names", "load_exporters", "main"]
+__all__ = ["ExporterProcess", "exporter_names", "load_exporters", "main", "recover_store"]
 
 LOG: Final = logging.getLogger("tensorspan.exporter")
 GROUP: Final = "tensorspan.exporters"
@@ -64,6 +65,19 @@ def load_exporters(settings: Settings, names: Sequence[str]) -> list[Exporter]:
         except Exception:
             LOG.exception("tensorspan: exporter %r cannot start; the others go on", name)
     return exporters
+
+
+def recover_store(settings: Settings) -> list[Path]:
+    """Close what killed writers left in `settings.store`; returns the captures that are closed now.
+
+    Raises StoreError if one of them could not be closed, and MissingExtraError without the writer's libraries.
+    """
+    [point] = [point for point in entry_points(group=GROUP) if point.name == "zarr"]
+    writer = point.load()(settings)
+    closed: list[Path] = writer.recover()
+    if writer.problem is not None:
+        raise StoreError(writer.problem)
+    return closed
 
 
 @dataclass(slots=True)

@@ -47,6 +47,7 @@ __all__ = [
     "group_metadata",
     "is_span_id",
     "is_trace_id",
+    "key_block",
     "logits_layout",
     "logits_topk_id_layout",
     "logits_topk_layout",
@@ -72,13 +73,16 @@ KEY_PROMPT: Final = "key_prompt"
 FEATURES: Final = ("entropy", "sink_mass", "prompt_mass", "self_weight")
 """Last axis of `attention_summary`, in this order."""
 KEY_BLOCK: Final = 256
-"""Keys per inner chunk of both attention arrays."""
+"""Keys per inner chunk of `attention_prefill`, and at most of `attention`; both shards are multiples of it."""
+MIN_KEY_BLOCK: Final = 64
+MAX_KEY_BLOCKS: Final = 128
+"""Blocks per row of `attention` above which they become larger: a shard's index lists them all."""
 QUERY_BLOCK: Final = 64
 """Query rows per inner chunk of `attention_prefill`."""
 QUERY_SHARD: Final = 256
 """Query rows per shard of `attention_prefill`."""
 MAX_SHARD_STEPS: Final = 64
-SHARD_BYTES: Final = 1 << 24
+SHARD_BYTES: Final = 1 << 26
 """A shard of more steps than one holds at most this much, before compression."""
 EXPECTED_TOKENS: Final = 256
 """Output tokens assumed when attention's steps per shard are chosen: `max_tokens` is often just the model's limit."""
@@ -266,11 +270,12 @@ def attention_layout(layers: int, heads: int, prompt: int, capacity: int, dtype:
     width = round_up(max(capacity, 1), KEY_BLOCK)
     expected = min(width, round_up(prompt + EXPECTED_TOKENS, KEY_BLOCK))
     steps = shard_steps(layers * heads * expected * _ITEM_BYTES[kind])
+    block = key_block(width, expected)
     return ArrayLayout(
         ATTENTION,
         ("step", "layer", "head", "key_pos"),
         kind,
-        (1, layers, heads, KEY_BLOCK),
+        (1, layers, heads, block),
         (steps, layers, heads, width),
         0.0,
         bitshuffle=kind == "float16",
@@ -328,11 +333,22 @@ def asked_arrays(spec: CaptureSpec) -> tuple[str, ...]:
 
 
 def shard_steps(row_bytes: int) -> int:
-    """Steps per shard: a power of two up to 64 that keeps a shard at 16 MiB, and at least 1."""
+    """Steps per shard: a power of two up to 64 that keeps a shard at 64 MiB, and at least 1."""
     steps = MAX_SHARD_STEPS
     while steps > 1 and steps * row_bytes > SHARD_BYTES:
         steps //= 2
     return steps
+
+
+def key_block(width: int, expected: int) -> int:
+    """Keys per inner chunk of `attention`: 64, 128 or 256.
+
+    A row's last block is padded, so that short rows need small blocks; few of them make long rows cheap to read.
+    """
+    block = KEY_BLOCK
+    while block > MIN_KEY_BLOCK and block * 8 > expected and 2 * width // block <= MAX_KEY_BLOCKS:
+        block //= 2
+    return block
 
 
 def round_up(value: int, multiple: int) -> int:

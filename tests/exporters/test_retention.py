@@ -23,7 +23,7 @@ def write(root: Path, number: int, hours: int, **settings: str) -> None:
     for record, payload in made.records():
         changed = made.start(start_ns=time.time_ns() - hours * HOUR_NS) if record == made.start() else record
         out.export(changed, payload)
-        out._retention.wait()
+        out._store._retention.wait()
     assert out.lost == {}
     assert out.shutdown(1.0)
 

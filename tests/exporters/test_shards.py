@@ -21,7 +21,7 @@ VALUES = np.arange(32, dtype=np.float16).reshape(4, 8)
 def fill(shard: ShardFile, codec: str, rows: Sequence[int]) -> None:
     coder = ChunkCodec(LAYOUT, codec)
     for row in rows:
-        shard.append(row, *coder.encode(VALUES[row]))
+        shard.append(row, coder.encode(VALUES[row, None]))
 
 
 def read(directory: Path, codec: str = "none") -> Any:
@@ -58,7 +58,7 @@ def test_a_newer_chunk_wins_and_a_cleared_one_is_gone(tmp_path: Path) -> None:
     shard = ShardFile(tmp_path / "c.0.0", 4)
     fill(shard, "none", (0, 1, 2, 3))
     coder = ChunkCodec(LAYOUT, "none")
-    shard.append(1, *coder.encode(-VALUES[1]))
+    shard.append(1, coder.encode(-VALUES[1, None]))
     shard.clear(3)
     shard.finish()
     out = read(tmp_path)

@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def limited(root: Path) -> ZarrExporter:
     out = exporter(root, store_mb=1, codec="none")
-    out._budget.wait()
+    out._store.budget.wait()
     out.export(engine(1, 1), NOTHING)
     return out
 
@@ -52,8 +52,8 @@ def send(out: ZarrExporter, made: Synthetic) -> None:
 
 def look(out: ZarrExporter) -> None:
     """What would happen beside the writer has happened."""
-    out._budget.refusal()
-    out._budget.wait()
+    out._store.budget.refusal()
+    out._store.budget.wait()
 
 
 def test_a_capture_stops_at_the_budget_and_says_so(tmp_path: Path, clock: Clock) -> None:

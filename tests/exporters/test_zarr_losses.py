@@ -272,6 +272,18 @@ def test_the_same_span_twice_does_not_overwrite(tmp_path: Path) -> None:
     assert attributes(path)["complete"] is True
 
 
+def test_a_step_whose_numbers_no_journal_can_hold_ends_one_capture_only(tmp_path: Path) -> None:
+    generation, out = Synthetic(steps=2, spec=DECODE), exporter(tmp_path)
+    out.export(engine(), NOTHING)
+    out.export(generation.start(), NOTHING)
+    out.export(*generation.step(0))
+    out.export(*generation.step(1, position=2**70))
+    assert out.lost == {"error": 1}
+    assert out.shutdown(1.0)
+    found = attributes(generation.path(tmp_path))
+    assert (found["status"], found["output_tokens"]) == ("failed", 1)
+
+
 def test_values_that_no_array_can_hold_end_one_capture_only(tmp_path: Path) -> None:
     generation, out = Synthetic(steps=1, spec=DECODE), exporter(tmp_path)
     out.export(engine(), NOTHING)
