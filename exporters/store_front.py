@@ -43,7 +43,8 @@ class StoreFront:
         """What sends closed captures to the bucket; None if the store is a directory."""
         self.budget = StoreBudget(self.root, settings.store_mb)
         self._settings = settings
-        self._index = SpanIndex(self.root)
+        # A spool is not searched, and what leads to a capture in a bucket lies in the bucket.
+        self._index = SpanIndex(self.root) if self.remote is None else None
         self._retention = Retention(self.root, settings.keep)
         self._cut: set[str] = set()
         """Open captures that get no more arrays, because the spool has no room."""
@@ -63,7 +64,8 @@ class StoreFront:
         """A capture has been made there."""
         if self.remote is not None:
             self.remote.spool.opened(directory)
-        self._index.begin(start.trace_id, start.span_id, start.start_ns)
+        if self._index is not None:
+            self._index.begin(start.trace_id, start.span_id, start.start_ns)
 
     def fitting(self, record: Arrays, payload: memoryview) -> Arrays:
         """The record, without its arrays from the moment on that the spool has no room: no holes."""
@@ -83,7 +85,8 @@ class StoreFront:
         A process that is killed here passes it again at the next start: the journal is still there.
         """
         self._cut.discard(directory.name)
-        self._index.close(directory.parent.name, directory.name)
+        if self._index is not None:
+            self._index.close(directory.parent.name, directory.name)
         if self.remote is not None:
             self.remote.closed(directory)
 
@@ -117,7 +120,8 @@ class StoreFront:
     def shutdown(self, timeout_s: float) -> bool:
         """False if something stays in the spool."""
         sent = self.remote is None or self.remote.shutdown(timeout_s)
-        self._index.stop()
+        if self._index is not None:
+            self._index.stop()
         return sent
 
 

@@ -126,6 +126,7 @@ def test_a_failed_capture_is_found_by_its_generation(tmp_path: Path) -> None:
         out.export(generation.end(output_token_ids=(2**40,)) if record == generation.end() else record, payload)
     assert out.lost == {"OverflowError": 1}
     assert open_capture(tmp_path, generation.span_id).attrs["status"] == "failed"
+    assert out.shutdown(1.0), "what has come is closed at the next occasion"
     assert len(known_captures(tmp_path)) == 1
 
 

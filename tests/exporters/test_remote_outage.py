@@ -173,14 +173,16 @@ def test_what_a_killed_exporter_left_goes_up_at_the_next_start(
         seaweed.start()
     settings = Settings(store=bucket, spool=str(tmp_path / "spool"))
     two = [exporter(), exporter()]
-    until(lambda: sum(out.remote.uploaded for out in two if out.remote) == 3)
     assert [out.force_flush(SECONDS) for out in two] == [True, True]
+    until(lambda: sum(out.remote.uploaded for out in two if out.remote) == 4)
     for generation in many(3):
         found = open_capture(bucket, generation.span_id)
         assert found.complete
         check(generation, lambda name, found=found: found.to_xarray()[name].to_numpy())
     left = [path.name for path in spool_directory(settings).glob("*/*") if path.is_dir()]
-    assert left == ["f" * 16], "what was never closed stays"
+    assert left == []
+    cut = open_capture(bucket, "f" * 16)
+    assert (cut.attrs["status"], cut.complete, cut.num_steps) == ("interrupted", False, 1)
     assert len(find_captures(bucket)) == 3
 
 

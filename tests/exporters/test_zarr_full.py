@@ -158,6 +158,8 @@ def test_a_disk_that_becomes_read_only(small_disk: Path) -> None:
         out.export(*generation.step(step))
     for capture in out._open.values():  # A file open for writing keeps its disk from becoming read-only.
         capture.release()
+    assert out._store._index is not None
+    out._store._index.stop()
     exporter(small_disk / "store")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     refused = Synthetic(spec=DECODE, span_id="00000000000000cc")

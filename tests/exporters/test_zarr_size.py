@@ -40,7 +40,7 @@ def test_two_thousand_captures_leave_nothing_in_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert out.problem is None
     assert sum(trace.size for trace in kept.traces) < 200_000
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files
 
 
 def test_an_open_capture_holds_numbers_and_no_rows(tmp_path: Path) -> None:
