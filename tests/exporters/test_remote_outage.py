@@ -183,7 +183,7 @@ def test_what_a_killed_exporter_left_goes_up_at_the_next_start(
     assert left == []
     cut = open_capture(bucket, "f" * 16)
     assert (cut.attrs["status"], cut.complete, cut.num_steps) == ("interrupted", False, 1)
-    assert len(find_captures(bucket)) == 3
+    assert len(find_captures(bucket)) == 4
 
 
 def test_a_reader_never_sees_half_a_capture(exporter: Export, bucket: str) -> None:
