@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -33,7 +33,9 @@ class _Drop(NamedTuple):
 class Ledger:
     """Book-keeping of one capture; pure data."""
 
-    def __init__(self, asked: Sequence[str]) -> None:
+    def __init__(self, asked: Sequence[str], lengths: Mapping[str, int]) -> None:
+        self._lengths = lengths
+        """Rows of arrays whose first axis is not `step`."""
         self._steps: dict[str, set[int]] = {name: set() for name in (NUMBERS, *asked) if name != ATTENTION_PREFILL}
         self._drops: list[_Drop] = []
         self._facts: list[Entry] = []
@@ -67,7 +69,7 @@ class Ledger:
 
     def dropped(self, steps: int) -> dict[str, Any]:
         """Attribute `dropped`: the total and the first thousand, without surplus steps."""
-        drops = [drop for drop in self._drops if drop.step is None or drop.step < steps]
+        drops = [drop for drop in self._drops if drop.step is None or drop.step < self._rows(drop.array, steps)]
         return {"count": len(drops), "entries": [drop._asdict() for drop in drops[:MAX_DROPPED]]}
 
     def missing(self, steps: int, prompt_seen: Mask | None, cached: int, layers: Sequence[int]) -> list[Entry]:
@@ -78,17 +80,22 @@ class Ledger:
         """
         out = list(self._facts)
         for array, present in self._steps.items():
-            out += self._absent_steps(array, [step for step in range(steps) if step not in present])
+            absent = [step for step in range(self._rows(array, steps)) if step not in present]
+            out += self._absent_steps(array, absent)
         if prompt_seen is not None:
             out += self._absent_rows(prompt_seen, cached, layers)
         return out + self._damaged(steps)
+
+    def _rows(self, array: str, steps: int) -> int:
+        return self._lengths.get(array, steps)
 
     def _absent_steps(self, array: str, absent: Sequence[int]) -> list[Entry]:
         causes = {drop.step: drop.cause for drop in self._drops if drop.array == array}
         groups: dict[str, list[int]] = {}
         for step in absent:
             groups.setdefault(causes.get(step, NOT_RECEIVED), []).append(step)
-        return [{"array": array, "what": ranges("step", group), "reason": reason} for reason, group in groups.items()]
+        noun = "position" if array in self._lengths else "step"
+        return [{"array": array, "what": ranges(noun, group), "reason": reason} for reason, group in groups.items()]
 
     def _absent_rows(self, seen: Mask, cached: int, layers: Sequence[int]) -> list[Entry]:
         """Rows that never came, by layer where the layers differ."""
@@ -114,7 +121,7 @@ class Ledger:
         groups: dict[tuple[str, str], list[int]] = {}
         for array, step, cause in self._drops:
             known = self._steps.get(array)
-            if step is None or step >= steps or (known is not None and step not in known):
+            if step is None or step >= self._rows(array, steps) or (known is not None and step not in known):
                 continue
             groups.setdefault((array, cause), []).append(step)
         return [

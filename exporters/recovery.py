@@ -81,7 +81,7 @@ class _Replayed(OpenCapture):
 
     def recover(self, end: GenerationEnd | None, status: str, reason: str) -> None:
         """Finish the files of what was replayed, then the capture: by `end` if the journal has it."""
-        self._write_prompt()
+        self._small.prompt()
         steps = self._steps if end is None else end.output_tokens
         for name, rows in list(self._rows.items()):
             if not rows.restored:
@@ -90,10 +90,8 @@ class _Replayed(OpenCapture):
                 self._ledger.gone(name, step, "its file is gone")
         if self._prefill is not None:
             self._prefill.recover()
-        layered = [layout for layout in self._layouts() if "layer" in layout.dims]
-        for layout in layered:
-            sizes = dict(zip(layout.dims, layout.shard, strict=True))
-            self._write_axes(sizes["layer"], sizes["head"])
+        for layout in self._layouts():
+            self._small.axes(layout)
         if end is not None:
             self._close(end, end.status)
             return

@@ -1,18 +1,17 @@
-"""Arrays over `step`, one row per inner chunk, and the small one-dimensional arrays."""
+"""Arrays over `step` or over the prompt, one row per inner chunk."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.shards import ChunkCodec, Placed, ShardFile, make_directory, place, write_json, write_new
-from tracer.schema import ArrayLayout, flat_metadata
+from exporters.shards import ChunkCodec, Placed, ShardFile, make_directory, place, write_json
+from tracer.schema import ArrayLayout
 
-__all__ = ["METADATA", "StepRows", "write_flat"]
+__all__ = ["METADATA", "StepRows"]
 
 Array = NDArray[Any]
 Where = dict[int, tuple[int, int]]
@@ -25,10 +24,16 @@ _INFINITY: Final[dict[int, tuple[Any, Any, int, int]]] = {
 
 
 class StepRows:
-    """An array whose first axis is `step`: one shard open at a time, rows in any order (in order is fast)."""
+    """An array of rows: one shard open at a time, rows in any order (in order is fast).
 
-    def __init__(self, directory: Path, layout: ArrayLayout, codec: str, number: int) -> None:
+    Its first axis is `step`, or has the `length` that is given, and is then shown as a whole.
+    """
+
+    def __init__(
+        self, directory: Path, layout: ArrayLayout, codec: str, number: int, length: int | None = None
+    ) -> None:
         self.layout = layout
+        self.length = length
         self.number = number
         """What the journal calls this array."""
         self.overflow = 0
@@ -52,7 +57,7 @@ class StepRows:
     def create(self, steps: int = 0, keys: int = 0) -> None:
         """Make the array; `steps`: rows that readers see in others, before this one has any."""
         make_directory(self._directory)
-        self.publish(steps, keys)
+        self._publish(steps if self.length is None else 0, keys)
 
     def fits(self, row: Array) -> bool:
         """True if `row` [without the step axis] has this array's shape; attention may have fewer keys."""
@@ -72,7 +77,7 @@ class StepRows:
         if first in shard:  # A later attempt: its row may have fewer blocks.
             shard.clear(first, first + self._blocks)
         placed = shard.append(first, self._encode(row))
-        infinite = _infinities(row) if self.layout.dims[-1] == "vocab" else 0
+        infinite = _infinities(row) if self.layout.dims[-1] in ("vocab", "dim") else 0
         self.overflow += infinite
         return placed, infinite
 
@@ -100,6 +105,11 @@ class StepRows:
 
     def publish(self, steps: int, keys: int = 0) -> None:
         """Tell readers that the array has `steps` rows (of `keys` keys, for attention)."""
+        if self.length is not None:
+            self._finish()
+        self._publish(steps if self.length is None else self.length, keys)
+
+    def _publish(self, steps: int, keys: int) -> None:
         row = self.layout.shard[1:]
         if self._has_keys:
             row = (*row[:-1], keys or row[-1])
@@ -110,6 +120,7 @@ class StepRows:
 
     def close(self, steps: int) -> None:
         """Finish everything and leave no row at or past `steps`."""
+        steps = steps if self.length is None else self.length
         if self._shard is not None:
             rows = max(steps - self._number * self._per_shard, 0)
             self._shard.clear(rows * self._blocks)
@@ -125,6 +136,7 @@ class StepRows:
 
     def recover(self, steps: int) -> list[int]:
         """Finish the shards of restored rows below `steps`; returns the steps of shards that are gone."""
+        steps = steps if self.length is None else self.length
         gone: list[int] = []
         for number, where in self._restored.items():
             first = number * self._per_shard
@@ -187,17 +199,3 @@ def _infinities(row: Array) -> int:
     if row.view(signed).max() < plus and row.view(unsigned).max() < minus:
         return 0
     return int(np.isinf(row).sum())
-
-
-def write_flat(
-    directory: Path, name: str, dim: str, values: Array, fill: float = 0, attributes: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write a one-dimensional array whole, data before metadata; returns its `zarr.json`."""
-    path = directory / name
-    with contextlib.suppress(FileExistsError):  # A writer that was killed had made it.
-        make_directory(path)
-    if len(values):
-        write_new(path / "c.0", values.tobytes())
-    metadata = flat_metadata(dim, values.dtype.name, len(values), fill, attributes)
-    write_json(path / METADATA, metadata)
-    return metadata

@@ -19,18 +19,21 @@ from exporters.ledger import EVERYTHING, NUMBERS, Ledger
 from exporters.payload import view_array
 from exporters.prefill_map import PrefillMap
 from exporters.shards import write_json
+from exporters.small_arrays import SmallArrays
 from exporters.store_budget import StoreBudget
-from exporters.zarr_arrays import StepRows, write_flat
+from exporters.zarr_arrays import StepRows
 from exporters.zarr_facts import (
     Numbers,
     attention_axes,
     end_attributes,
+    limits,
     number_columns,
     numbers_of,
     prompt_layout,
+    prompt_lengths,
     row_layout,
     start_attributes,
-    token_text,
+    stored_facts,
 )
 from tracer import schema
 from tracer.config import Settings
@@ -81,11 +84,11 @@ class OpenCapture:
         self._settings = settings
         self._budget = budget
         self._axes = attention_axes(self._spec.attention, engine) if self._spec.wants_attention else None
-        self._ledger = Ledger(schema.asked_arrays(self._spec))
+        self._ledger = Ledger(schema.asked_arrays(self._spec), prompt_lengths(start))
         self._attributes = start_attributes(start, engine)
         self._rows: dict[str, StepRows] = {}
         self._prefill: PrefillMap | None = None
-        self._flat: dict[str, dict[str, Any]] = {}
+        self._small = SmallArrays(directory, start, engine, self._axes)
         self._numbers: dict[int, Numbers] = {}
         self._steps = 0
         """One past the highest step seen."""
@@ -101,14 +104,15 @@ class OpenCapture:
         """Why no more arrays are stored."""
         self.over_budget = False
         """True if that was the store's budget."""
-        self._state_limits()
+        for fact in limits(self._spec, engine):
+            self._ledger.state(*fact)
 
     def begin(self) -> None:
         """Write the facts known at the start, the journal's first."""
         chosen = {"codec": self._settings.codec, "capture_text": self._settings.capture_text}
         self.journal.begin(self._start, self._engine, chosen)
         self._write_group(None)
-        self._write_prompt()
+        self._small.prompt()
 
     @property
     def name(self) -> CaptureName:
@@ -130,11 +134,14 @@ class OpenCapture:
         self._show()
 
     def prompt_rows(self, record: ArrayRecord, payload: memoryview) -> None:
-        """Store blocks of the prompt's own attention map."""
+        """Store blocks of the prompt's own attention map, or its queries and keys."""
         blocks: list[PromptBlock] = []
         mark = self._ledger.mark()
         self._note_drops(record.dropped, None)
+        self._put_positions(record, payload)
         for item in record.arrays:
+            if item.name in prompt_lengths(self._start):
+                continue
             block = self._take(item, payload, None)
             if block is None:
                 continue
@@ -171,12 +178,14 @@ class OpenCapture:
         if self._prefill is not None:
             self._prefill.close()
             self._prefill.publish(self._keys())
-        self._write_small(end)
+        self._small.end(number_columns(self._numbers, end), end, text=self._settings.capture_text)
         layers = self._axes.layers if self._axes is not None else ()
         missing = self._ledger.missing(steps, self._prompt_seen(), end.cached_tokens, layers)
         self._attributes |= end_attributes(end, status, missing, self._ledger.dropped(steps))
-        self._attributes["stored"] = self._stored()
-        self._write_group(self.arrays())
+        arrays = self.arrays()
+        overflow = {name: rows.overflow for name, rows in self._rows.items()}
+        self._attributes["stored"] = stored_facts(arrays, overflow, self._engine)
+        self._write_group(arrays)
 
     def abandon(self, reason: str) -> None:
         """The store cannot be written: give descriptors back and, if that much is possible, say so.
@@ -214,6 +223,27 @@ class OpenCapture:
         self._count(sum(placed.sizes))
         self._ledger.stored(item.name, step)
         return RowEntry(rows.number, infinite, placed)
+
+    def _put_positions(self, record: ArrayRecord, payload: memoryview) -> None:
+        """Queries and keys [positions, layers, heads, head_size] of the prompt."""
+        for item in record.arrays:
+            if item.name not in prompt_lengths(self._start) or (block := self._take(item, payload, None)) is None:
+                continue
+            rows = self._rows.get(item.name) or self._new_rows(item.name, block.shape[1:])
+            first = item.start[0] if item.start else -1
+            if rows is None or rows.length is None or not 0 <= first <= rows.length - len(block):
+                self._ledger.drop(item.name, None, f"block {item.shape} at {item.start} does not fit the array")
+                continue
+            placed = [rows.put(first + place, row) for place, row in enumerate(block)]
+            self._count(sum(sum(at.sizes) for at, _ in placed))
+            for place in range(len(block)):
+                self._ledger.stored(item.name, first + place)
+            self.journal.steps(
+                [
+                    StepEntry(first + place, None, [RowEntry(rows.number, infinite, at)])
+                    for place, (at, infinite) in enumerate(placed)
+                ]
+            )
 
     def _number(self, step: int, numbers: Numbers) -> None:
         self._numbers[step] = numbers
@@ -255,15 +285,15 @@ class OpenCapture:
         layout = self._layout(name, shape)
         if layout is None:
             return None
-        if "layer" in layout.dims:
-            self._write_axes(layout.shard[1], layout.shard[2])
+        self._small.axes(layout)
         self.journal.array(name, shape, layout)
         rows = self._add_rows(layout)
         rows.create(self._shown, self._keys())
         return rows
 
     def _add_rows(self, layout: ArrayLayout) -> StepRows:
-        rows = StepRows(self.directory, layout, self._settings.codec, len(self._rows))
+        length = prompt_lengths(self._start).get(layout.name)
+        rows = StepRows(self.directory, layout, self._settings.codec, len(self._rows), length)
         self._rows[layout.name] = rows
         self._due = 0
         return rows
@@ -273,7 +303,7 @@ class OpenCapture:
 
     def _prefill_map(self) -> PrefillMap | None:
         if self._prefill is None and (prefill := self._prompt_array()) is not None:
-            self._write_axes(*prefill.layout.shard[:2])
+            self._small.axes(prefill.layout)
             prefill.create(self._keys())
             self._prefill = prefill
         return self._prefill
@@ -301,16 +331,17 @@ class OpenCapture:
 
     def _show(self) -> None:
         """Publish the steps that every array has in finished shards."""
-        if not self._rows or self._steps < self._due:
+        stepwise = [rows for rows in self._rows.values() if rows.length is None]
+        if not stepwise or self._steps < self._due:
             return
-        ready = min([rows.settle(self._steps) for rows in self._rows.values()])
+        ready = min([rows.settle(self._steps) for rows in stepwise])
         if ready > self._shown:
             self._shown = ready
             for rows in self._rows.values():
                 rows.publish(ready, self._keys())
             if self._prefill is not None:
                 self._prefill.publish(self._keys())
-        self._due = min([rows.due for rows in self._rows.values()])
+        self._due = min([rows.due for rows in stepwise])
 
     def _show_queries(self) -> None:
         if self._prefill is None:
@@ -326,32 +357,6 @@ class OpenCapture:
 
     # -- the end -----------------------------------------------------------------------------------------------
 
-    def _write_small(self, end: GenerationEnd) -> None:
-        for name, column in number_columns(self._numbers, end).items():
-            number = schema.STEP_NUMBERS[name]
-            self._write_flat(name, "step", column, number.fill, number.attributes)
-        text = token_text(self._start, end) if self._settings.capture_text else None
-        if text is not None:
-            self._write_flat("token_bytes", "token_byte", text[0])
-            self._write_flat("token_offset", "token_edge", text[1])
-
-    def _write_prompt(self) -> None:
-        if self._start.prompt_token_ids:
-            self._write_flat("prompt_token_id", "prompt_pos", np.array(self._start.prompt_token_ids, np.int32))
-
-    def _write_axes(self, layers: int, heads: int) -> None:
-        """Coordinate arrays `layer` and `head`: the model's indices."""
-        if "layer" in self._flat:
-            return
-        axes = self._axes
-        self._write_flat("layer", "layer", np.array(axes.layers if axes else range(layers), np.int32))
-        self._write_flat("head", "head", np.array(axes.heads if axes else range(heads), np.int32))
-
-    def _write_flat(
-        self, name: str, dim: str, values: Array, fill: float = 0, attributes: dict[str, Any] | None = None
-    ) -> None:
-        self._flat[name] = write_flat(self.directory, name, dim, values, fill, attributes)
-
     def _write_group(self, arrays: dict[str, dict[str, Any]] | None) -> None:
         write_json(self.directory / "zarr.json", schema.group_metadata("capture", self._attributes, arrays))
 
@@ -360,19 +365,7 @@ class OpenCapture:
         big = {name: rows.metadata for name, rows in self._rows.items()}
         if self._prefill is not None:
             big[schema.ATTENTION_PREFILL] = self._prefill.metadata
-        return {**big, **self._flat}
-
-    def _stored(self) -> dict[str, dict[str, Any]]:
-        """Per array: what precision the values had, have, and what that cost."""
-        source = self._engine.dtype if self._engine is not None else "unknown"
-        out: dict[str, dict[str, Any]] = {}
-        for name, metadata in self.arrays().items():
-            if name in (schema.LOGITS, schema.LOGITS_TOPK):
-                overflow = self._rows[name].overflow
-                out[name] = {"source_dtype": source, "stored_dtype": metadata["data_type"], "overflow": overflow}
-            elif name in (schema.ATTENTION, schema.ATTENTION_PREFILL):
-                out[name] = {"source_dtype": "float32", "stored_dtype": metadata["data_type"]}
-        return out
+        return {**big, **self._small.metadata}
 
     # -- what is missing ---------------------------------------------------------------------------------------
 
@@ -380,16 +373,6 @@ class OpenCapture:
         for entry in dropped:
             name, _, cause = entry.partition(": ")
             self._ledger.drop(name, step, cause)
-
-    def _state_limits(self) -> None:
-        """Book what this engine cannot give at all."""
-        engine = self._engine
-        if engine is not None and engine.logits_unsupported and self._spec.logits is not None:
-            self._ledger.state(schema.LOGITS, "all steps", engine.logits_unsupported)
-        if engine is not None and engine.attention_unsupported and self._spec.wants_attention:
-            self._ledger.state(schema.ATTENTION, "all layers", engine.attention_unsupported)
-        for layer in self._axes.refused if self._axes is not None else ():
-            self._ledger.state(schema.ATTENTION, f"layer {layer.index}", layer.unsupported or "")
 
     def _prompt_seen(self) -> NDArray[np.bool_] | None:
         """bool [layer, prompt row] received; None unless the prompt's map was asked for."""

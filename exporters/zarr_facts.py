@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracer import schema
-from tracer.records import AttentionSpec, EngineInfo, GenerationEnd, GenerationStart, LayerInfo, StepRecord
+from tracer.records import (
+    AttentionSpec,
+    CaptureSpec,
+    EngineInfo,
+    GenerationEnd,
+    GenerationStart,
+    LayerInfo,
+    QKSpec,
+    StepRecord,
+)
 from tracer.schema import COORDINATES, ROW_CONVENTION, STEP_NUMBERS, ArrayLayout
 
 __all__ = [
@@ -19,11 +28,14 @@ __all__ = [
     "attention_axes",
     "end_attributes",
     "key_capacity",
+    "limits",
     "number_columns",
     "numbers_of",
     "prompt_layout",
+    "prompt_lengths",
     "row_layout",
     "start_attributes",
+    "stored_facts",
     "token_text",
 ]
 
@@ -31,6 +43,7 @@ Array = NDArray[Any]
 Numbers = tuple[int | float, ...]
 UNKNOWN_TOKENS: Final = 4096
 """Output tokens that attention has room for when neither `max_tokens` nor the model's limit is known."""
+QK: Final = (schema.QUERY, schema.KEY, schema.QUERY_PROMPT, schema.KEY_PROMPT)
 LOST: Final[Numbers] = tuple(number.fill for number in STEP_NUMBERS.values())
 NAN: Final = float("nan")
 
@@ -73,23 +86,75 @@ def row_layout(
     """The array over `step` of that name for rows of that shape; None if the capture cannot have it."""
     spec = start.capture
     assert spec is not None
+    if name in QK:
+        return _qk_layout(name, shape, spec, engine)
+    layout: ArrayLayout | None = None
     match name, shape:
         case schema.LOGITS, (vocab,) if spec.logits is not None:
-            return schema.logits_layout(vocab, spec.logits.dtype)
+            layout = schema.logits_layout(vocab, spec.logits.dtype)
         case schema.LOGITS_TOPK, (k,) if spec.logits is not None:
-            return schema.logits_topk_layout(k, spec.logits.dtype)
+            layout = schema.logits_topk_layout(k, spec.logits.dtype)
         case schema.LOGITS_TOPK_ID, (k,) if spec.logits is not None:
-            return schema.logits_topk_id_layout(k)
+            layout = schema.logits_topk_id_layout(k)
         case schema.ATTENTION, (layers, heads, _) if spec.attention is not None and _agree(axes, layers, heads):
             capacity = key_capacity(start, engine)
-            return schema.attention_layout(layers, heads, start.prompt_tokens, capacity, spec.attention.dtype)
+            layout = schema.attention_layout(layers, heads, start.prompt_tokens, capacity, spec.attention.dtype)
         case schema.ATTENTION_SUMMARY, (layers, heads, _) if _agree(axes, layers, heads):
-            return schema.attention_summary_layout(layers, heads)
-    return None
+            layout = schema.attention_summary_layout(layers, heads)
+    return layout
 
 
 def _agree(axes: AttentionAxes | None, layers: int, heads: int) -> bool:
     return axes is None or (layers, heads) == (len(axes.layers), len(axes.heads))
+
+
+def _qk_layout(name: str, shape: tuple[int, ...], spec: CaptureSpec, engine: EngineInfo | None) -> ArrayLayout | None:
+    if spec.qk is None or len(shape) != 3 or name not in schema.asked_arrays(spec):
+        return None
+    return schema.qk_layout(name, *shape, qk_dtype(spec.qk, engine))
+
+
+def qk_dtype(spec: QKSpec, engine: EngineInfo | None) -> str:
+    """`f16` or `f32`, as the worker decides it."""
+    return spec.dtype or ("f32" if engine is not None and engine.dtype == "float32" else "f16")
+
+
+def prompt_lengths(start: GenerationStart) -> dict[str, int]:
+    """Rows of the arrays that go by the prompt's positions: all before the last, which is step 0."""
+    return dict.fromkeys((schema.QUERY_PROMPT, schema.KEY_PROMPT), max(start.prompt_tokens - 1, 0))
+
+
+def limits(spec: CaptureSpec, engine: EngineInfo | None) -> list[tuple[str, str, str]]:
+    """(array, what, reason) of everything asked for that this engine cannot give at all."""
+    out: list[tuple[str, str, str]] = []
+    if engine is None:
+        return out
+    if engine.logits_unsupported and spec.logits is not None:
+        out.append((schema.LOGITS, "all steps", engine.logits_unsupported))
+    asked = [(schema.ATTENTION, spec.attention or AttentionSpec())] if spec.wants_attention else []
+    asked += [(schema.QUERY, AttentionSpec(spec.qk.layers))] if spec.qk is not None else []
+    for array, wanted in asked:
+        if engine.attention_unsupported:
+            out.append((array, "all layers", engine.attention_unsupported))
+        axes = attention_axes(wanted, engine)
+        refused = axes.refused if axes is not None else ()
+        out += [(array, f"layer {layer.index}", layer.unsupported or "") for layer in refused]
+    return out
+
+
+def stored_facts(
+    arrays: Mapping[str, Mapping[str, Any]], overflow: Mapping[str, int], engine: EngineInfo | None
+) -> dict[str, dict[str, Any]]:
+    """Attribute `stored`: per array what precision the values had, have, and what that cost."""
+    source = engine.dtype if engine is not None else "unknown"
+    out: dict[str, dict[str, Any]] = {}
+    for name, metadata in arrays.items():
+        kind = metadata["data_type"]
+        if name in (schema.ATTENTION, schema.ATTENTION_PREFILL):
+            out[name] = {"source_dtype": "float32", "stored_dtype": kind}
+        elif name in overflow and name not in (schema.LOGITS_TOPK_ID, schema.ATTENTION_SUMMARY):
+            out[name] = {"source_dtype": source, "stored_dtype": kind, "overflow": overflow[name]}
+    return out
 
 
 def prompt_layout(start: GenerationStart, axes: AttentionAxes | None) -> ArrayLayout | None:

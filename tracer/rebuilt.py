@@ -101,7 +101,7 @@ class RebuiltLayers(Mapping[int, xr.DataArray]):
         return weights[head, 0, : position + 1]
 
     def _rebuild(self, layer: int, rows: Array) -> Array:
-        if layer not in self:
+        if layer not in list(self):
             raise KeyError(f"layer {layer} is not among the queries and keys of this capture; it has {list(self)}")
         slot = list(self).index(layer)
         stop = int(rows.max(initial=-1)) + 1
