@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from deploy.model import demo_model
 from tests.benchmarks import context, figure, peers, report
 from tests.benchmarks.load import Load
 from tests.benchmarks.machine import ROOT, conditions
-from tests.benchmarks.measure import Fleet, Variant, measure_round
+from tests.benchmarks.measure import Fleet, Sample, Variant, measure_round
 from tests.benchmarks.report import NAMES, Report, Row
 from tests.benchmarks.servers import Engine
 from tracer import open_capture
@@ -61,6 +62,12 @@ class Plan:
     quick: bool = False
     options: tuple[str, ...] = ()
     """Options of every server."""
+    starts: int = 1
+    """How often the servers are started anew: two processes of one program differ by luck, too."""
+
+    def share(self, rounds: int, start: int) -> range:
+        """Which of so many rounds belong to this start of the servers."""
+        return range(rounds * start // self.starts, rounds * (start + 1) // self.starts)
 
     def loads(self) -> list[tuple[Load, int, list[Variant]]]:
         """Loads with their rounds and variants; short batches get more rounds."""
@@ -85,6 +92,10 @@ class Plan:
     def grid(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Contexts and captured rows of the figure."""
         return ((128, 1024), (1, 8)) if self.quick else ((128, 512, 1024, 2048), (1, 2, 4, 8))
+
+
+Samples = dict[Load, tuple[list[tuple[str, Sample]], list[float]]]
+"""By load: (variant's name, sample) of each round, and the ratios of plain to plain."""
 
 
 def say(line: str) -> None:
@@ -121,28 +132,35 @@ def warm_up(fleet: Fleet, plan: Plan, found: Report) -> set[str]:
             fleet.run(variant, WARM)
         except RuntimeError as error:
             refused.add(variant.capture)
-            found.problems.append(f"not measured: {variant.name}: {str(error)[:300]}")
+            problem = f"not measured: {variant.name}: {str(error).partition(' cut it short: ')[2][:300]}"
+            found.problems += [problem] if problem not in found.problems else []
     return refused
 
 
-def measure_loads(fleet: Fleet, plan: Plan, found: Report, refused: set[str]) -> None:
-    """All rounds of all loads."""
+def measure_loads(fleet: Fleet, plan: Plan, found: Samples, start: int, refused: set[str]) -> None:
+    """The rounds of all loads that belong to the servers' start number `start`."""
     for load, rounds, variants in plan.loads():
         usable = [variant for variant in variants if variant.capture not in refused or not variant.capture]
-        samples, noise = [], []
-        for number in range(rounds):
+        samples, noise = found.setdefault(load, ([], []))
+        for number in plan.share(rounds, start):
             say(f"{load.streams} streams, {load.prompt} tokens, round {number + 1} of {rounds}")
             order = usable[::-1] if number % 2 else usable
             batch, base = measure_round(fleet, order, load, say)
             samples += [(variant.name, sample) for variant, sample in batch]
             noise += base
-        samples.sort(key=lambda sample: [v.name for v in usable].index(sample[0]))
-        report.add_samples(found, load, samples, noise)
+
+
+def add_loads(plan: Plan, samples: Samples, found: Report) -> None:
+    """All samples as rows, in the plan's order."""
+    for load, _, variants in plan.loads():
+        names = [variant.name for variant in variants]
+        mine, noise = samples.get(load, ([], []))
+        report.add_samples(found, load, sorted(mine, key=lambda sample: names.index(sample[0])), noise)
 
 
 def measure_lookup(fleet: Fleet, found: Report) -> None:
     """How long one step's row takes by its span ID, in the store as it is."""
-    fleet.run(CAPTURE, WARM)
+    fleet.run(CAPTURE, EIGHT)
     store = fleet.engines["traced"].store
     steps = [int(span) for ref in fleet.last_refs for span in open_capture(store, ref).to_xarray()["span_id"].values]
     times = []
@@ -203,20 +221,31 @@ def measure_lens(fleet: Fleet, plan: Plan, found: Report, model: Path, folder: P
 def measure(plan: Plan, folder: Path, found: Report) -> None:
     """Everything; what is found is in `found` even if a later part fails."""
     model = demo_model()
-    with running(folder, model, plan) as fleet:
-        refused = warm_up(fleet, plan, found)
-        start = {name: engine.resident() for name, engine in fleet.engines.items()}
-        measure_loads(fleet, plan, found, refused)
-        found.memory.update({name: (start[name], e.resident()) for name, e in fleet.engines.items()})
-        if "context" in plan.parts:
-            say("cost of a step by context and captured rows")
-            found.points = context.sweep(fleet, *plan.grid, say)
-            found.fit = context.fit(found.points)
-        measure_lookup(fleet, found)
-        if "transformers" in plan.parts:
-            measure_transformers(fleet, plan, found, model)
-        if "lens" in plan.parts:
-            measure_lens(fleet, plan, found, model, folder, refused)
+    samples: Samples = {}
+    try:
+        for start in range(plan.starts):
+            with running(folder / str(start), model, plan) as fleet:
+                refused = warm_up(fleet, plan, found)
+                warm = {name: engine.resident() for name, engine in fleet.engines.items()}
+                measure_loads(fleet, plan, samples, start, refused)
+                found.memory.update({name: (warm[name], e.resident()) for name, e in fleet.engines.items()})
+                if start == plan.starts - 1:
+                    measure_rest(fleet, plan, found, model, folder, refused)
+    finally:
+        add_loads(plan, samples, found)
+
+
+def measure_rest(fleet: Fleet, plan: Plan, found: Report, model: Path, folder: Path, refused: set[str]) -> None:
+    """What is measured once: the figure, a lookup, the peers."""
+    if "context" in plan.parts:
+        say("cost of a step by context and captured rows")
+        found.points = context.sweep(fleet, *plan.grid, say)
+        found.fit = context.fit(found.points)
+    measure_lookup(fleet, found)
+    if "transformers" in plan.parts:
+        measure_transformers(fleet, plan, found, model)
+    if "lens" in plan.parts:
+        measure_lens(fleet, plan, found, model, folder, refused)
 
 
 def publish(page: str, results: str) -> str:
@@ -247,6 +276,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under 8 minutes, one or two rounds of the main rows")
     parser.add_argument("--rounds", type=int, default=None, help="rounds of the main table (default 6, quick 2)")
+    parser.add_argument("--starts", type=int, default=None, help="starts of the servers (default 2, quick 1)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"only some of {','.join(PARTS)}")
     parser.add_argument("--publish", action="store_true", help="write results and figure into docs/")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of bench.json and bench.svg")
@@ -257,9 +287,11 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def main() -> int:
     """Run, print, write."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Stopped servers must not be left behind.
     words = arguments(sys.argv[1:])
     rounds = words.rounds or (2 if words.quick else 6)
-    plan = Plan(rounds, tuple(words.parts.split(",")), words.quick, tuple(shlex.split(words.serve)))
+    starts = words.starts or (1 if words.quick else 2)
+    plan = Plan(rounds, tuple(words.parts.split(",")), words.quick, tuple(shlex.split(words.serve)), starts)
     command = shlex.join(["python", "-m", "tests.benchmarks.bench", *sys.argv[1:]])
     setup = "SmolLM2-135M-Instruct, bfloat16, compiled, 128 new tokens; servers, client and exporter on the same cores"
     with tempfile.TemporaryDirectory(prefix="tensorspan-bench-", dir=words.store) as folder:

@@ -151,8 +151,10 @@ def markdown(report: Report) -> str:
     """The whole report."""
     parts = [*(f"- {line}" for line in report.conditions), ""]
     parts += [f"**{problem}**\n" for problem in report.problems]
-    speed = [row for row in report.rows if not row.name.endswith((P99, STORED))]
+    apart = (NAMES.transformers, NAMES.lens, NAMES.lens_qk)
+    speed = [row for row in report.rows if not row.name.endswith((P99, STORED)) and row.name not in apart]
     parts += _table("throughput kept", speed, "")
+    parts += _table("against others", [row for row in report.rows if row.name in apart], "")
     parts += _table("p99 time between tokens, of plain", [r for r in report.rows if r.name.endswith(P99)], P99)
     parts += _table("throughput until all is stored", [r for r in report.rows if r.name.endswith(STORED)], STORED)
     parts += _captures(report) + _memory(report)

@@ -141,6 +141,11 @@ def test_parts_choose_loads() -> None:
     assert [load for load, _, _ in Plan(2, ("eight", "lens"), quick=True).loads()] == [EIGHT]
 
 
+def test_rounds_are_shared_among_starts() -> None:
+    plan = Plan(5, starts=2)
+    assert [list(plan.share(5, start)) for start in range(2)] == [[0, 1], [2, 3, 4]]
+
+
 def test_slope_is_of_the_second_half() -> None:
     moments = [Moment(n * 100, {"worker": 50.0 if n < 10 else 100.0 + n}, {}, 0) for n in range(20)]
     assert slope(moments, "worker") == pytest.approx(10.0)
