@@ -70,18 +70,18 @@ class Plan:
         return range(rounds * start // self.starts, rounds * (start + 1) // self.starts)
 
     def loads(self) -> list[tuple[Load, int, list[Variant]]]:
-        """Loads with their rounds and variants; short batches get more rounds."""
+        """Loads with their rounds and variants."""
         few = max(1, self.rounds // 2)
         if self.quick:
             found = [
                 (EIGHT, self.rounds, [OFF, SPANS, LOGITS, CAPTURE, QK, OTHERS]),
-                (ONE, self.rounds, [OFF, SPANS, CAPTURE]),
-                (LONG, few, [CAPTURE]),
+                (ONE, few, [OFF, SPANS, CAPTURE]),
+                (LONG_ONE, few, [CAPTURE]),
             ]
         else:
             found = [
                 (EIGHT, self.rounds, [OFF, SPANS, LOGITS, CAPTURE, QK, OTHERS, *EXTRA]),
-                (ONE, self.rounds + few, [OFF, SPANS, LOGITS, CAPTURE, QK]),
+                (ONE, self.rounds, [OFF, SPANS, LOGITS, CAPTURE, QK]),
                 (LONG, few, [SPANS, LOGITS, CAPTURE, QK]),
                 (LONG_ONE, few, [SPANS, LOGITS, CAPTURE, QK]),
             ]
@@ -94,8 +94,8 @@ class Plan:
         return ((128, 1024), (1, 8)) if self.quick else ((128, 512, 1024, 2048), (1, 2, 4, 8))
 
 
-Samples = dict[Load, tuple[list[tuple[str, Sample]], list[float]]]
-"""By load: (variant's name, sample) of each round, and the ratios of plain to plain."""
+Samples = dict[Load, tuple[list[tuple[str, Sample]], list[list[float]]]]
+"""By load: (variant's name, sample) of each round, and plain vLLM's tokens per second of each round."""
 
 
 def say(line: str) -> None:
@@ -141,21 +141,21 @@ def measure_loads(fleet: Fleet, plan: Plan, found: Samples, start: int, refused:
     """The rounds of all loads that belong to the servers' start number `start`."""
     for load, rounds, variants in plan.loads():
         usable = [variant for variant in variants if variant.capture not in refused or not variant.capture]
-        samples, noise = found.setdefault(load, ([], []))
+        samples, plain = found.setdefault(load, ([], []))
         for number in plan.share(rounds, start):
             say(f"{load.streams} streams, {load.prompt} tokens, round {number + 1} of {rounds}")
             order = usable[::-1] if number % 2 else usable
-            batch, base = measure_round(fleet, order, load, say)
+            batch, speeds = measure_round(fleet, order, load, say)
             samples += [(variant.name, sample) for variant, sample in batch]
-            noise += base
+            plain.append(speeds)
 
 
 def add_loads(plan: Plan, samples: Samples, found: Report) -> None:
     """All samples as rows, in the plan's order."""
     for load, _, variants in plan.loads():
         names = [variant.name for variant in variants]
-        mine, noise = samples.get(load, ([], []))
-        report.add_samples(found, load, sorted(mine, key=lambda sample: names.index(sample[0])), noise)
+        mine, plain = samples.get(load, ([], []))
+        report.add_samples(found, load, sorted(mine, key=lambda sample: names.index(sample[0])), plain)
 
 
 def measure_lookup(fleet: Fleet, found: Report) -> None:

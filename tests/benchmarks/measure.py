@@ -126,19 +126,19 @@ class Fleet:
 def measure_round(
     fleet: Fleet, variants: Sequence[Variant], load: Load, say: Callable[[str], None]
 ) -> tuple[list[tuple[Variant, Sample]], list[float]]:
-    """One round: a sample of each variant, and plain against the plain before it, which is the noise of a ratio."""
+    """One round: a sample of each variant, and the tokens per second of the plain batches around them."""
     out = []
-    noise = []
     before = fleet.plain(load)
+    speeds = [before.throughput]
     for variant in variants:
         batch, captured = fleet.run(variant, load)
         after = fleet.plain(load)
         sample = compare(variant, batch, captured, (before, after))
-        noise.append(after.throughput / before.throughput)
+        speeds.append(after.throughput)
         say(f"  {variant.name}: {sample.tokens_per_second:.0f} tokens/s, {sample.throughput:.3f} of plain")
         out.append((variant, sample))
         before = after
-    return out, noise
+    return out, speeds
 
 
 def compare(variant: Variant, batch: Batch, captured: Captured | None, plain: Sequence[Batch]) -> Sample:

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any, Final
 
 from tests.benchmarks.context import Fit, Point
@@ -121,13 +122,21 @@ class Report:
     """What could not be measured or must not be believed."""
 
 
-def add_samples(report: Report, load: Load, samples: Iterable[tuple[str, Sample]], noise: Sequence[float] = ()) -> None:
-    """Turn the samples of all rounds of one load into rows; a batch that lost arrays is named as a problem."""
+def add_samples(
+    report: Report, load: Load, samples: Iterable[tuple[str, Sample]], plain: Sequence[Sequence[float]] = ()
+) -> None:
+    """Turn the samples of all rounds of one load into rows; a batch that lost arrays is named as a problem.
+
+    plain: tokens per second of each round's plain batches, in their order.
+    """
     by_name: dict[str, list[Sample]] = {}
     for name, sample in samples:
         by_name.setdefault(name, []).append(sample)
-    if noise:
-        report.rows.append(Row(NAMES.noise, load, tuple(noise)))
+    if plain:
+        noise = tuple(after / before for speeds in plain for before, after in pairwise(speeds))
+        report.rows.append(Row(NAMES.noise, load, noise))
+        speed = statistics.median(chain.from_iterable(plain))
+        report.lines.append(f"Plain vLLM made {speed:.0f} tokens/s at {_shape(load)}")
     for name, found in by_name.items():
         report.rows.append(Row(name, load, tuple(sample.throughput for sample in found)))
         report.rows.append(Row(name + P99, load, tuple(sample.p99 for sample in found)))
@@ -236,7 +245,7 @@ def _worker_growth(report: Report) -> list[str]:
 
 
 def _shape(load: Load) -> str:
-    return f"{load.streams} streams, {load.prompt} prompt tokens"
+    return f"{load.streams} stream{'s' * (load.streams != 1)}, {load.prompt} prompt tokens"
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -73,8 +73,12 @@ def test_time_until_stored_counts_too() -> None:
 
 def test_json_has_medians_and_ranges() -> None:
     report = Report([])
-    add_samples(report, EIGHT, [(NAMES.full, sample(ratio)) for ratio in (0.9, 0.8, 0.95)])
-    first = json.loads(bench_json(report))[0]
+    add_samples(
+        report, EIGHT, [(NAMES.full, sample(ratio)) for ratio in (0.9, 0.8, 0.95)], [[100.0, 90.0], [110.0, 110.0]]
+    )
+    noise, first, *_ = json.loads(bench_json(report))
+    assert (noise["ratio_median"], noise["n"]) == (0.95, 2)
+    assert report.lines == ["Plain vLLM made 105 tokens/s at 8 streams, 256 prompt tokens"]
     assert first == {
         "name": NAMES.full, "streams": 8, "prompt": 256, "output": 128,
         "ratio_median": 0.9, "ratio_min": 0.8, "ratio_max": 0.95, "n": 3,
