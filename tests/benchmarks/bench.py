@@ -29,7 +29,7 @@ from tests.benchmarks.report import NAMES, Report, Row
 from tests.benchmarks.servers import Engine
 from tracer import open_capture
 
-__all__ = ["Plan", "main", "publish"]
+__all__ = ["Plan", "main"]
 
 FULL: Final = "logits, attention"
 UNSAMPLED: Final = (("traceparent", "00-" + "5a" * 16 + "-" + "5a" * 8 + "-00"),)
@@ -50,7 +50,6 @@ LONG: Final = Load(8, 1500, 128)
 LONG_ONE: Final = Load(1, 1500, 128)
 WARM: Final = Load(8, 256, 16)
 PARTS: Final = ("eight", "one", "long", "context", "transformers", "lens")
-MARKS: Final = ("<!-- results: begin -->", "<!-- results: end -->")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +247,6 @@ def measure_rest(fleet: Fleet, plan: Plan, found: Report, model: Path, folder: P
         measure_lens(fleet, plan, found, model, folder, refused)
 
 
-def publish(page: str, results: str) -> str:
-    """`page` with `results` between its marks."""
-    head, _, rest = page.partition(MARKS[0])
-    _, _, tail = rest.partition(MARKS[1])
-    return f"{head}{MARKS[0]}\n\n{results}\n{MARKS[1]}{tail}"
-
-
 def write(found: Report, out: Path, *, docs: bool) -> None:
     """The tables to the terminal, the files to `out`, and into the docs if asked."""
     text = report.markdown(found)
@@ -265,8 +257,7 @@ def write(found: Report, out: Path, *, docs: bool) -> None:
     if drawing:
         (out / "bench.svg").write_text(drawing, encoding="utf-8")
     if docs:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(publish(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        report.publish(ROOT / "docs" / "benchmarks.md", "results", text)
         if drawing:
             (ROOT / "docs" / "benchmarks.svg").write_text(drawing, encoding="utf-8")
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, Final
 
 from tests.benchmarks.context import Fit, Point
@@ -14,7 +15,7 @@ from tests.benchmarks.load import Load
 from tests.benchmarks.measure import Captured, Sample
 from tests.benchmarks.servers import Memory
 
-__all__ = ["NAMES", "TARGETS", "Names", "Report", "Row", "Target", "add_samples", "bench_json", "markdown"]
+__all__ = ["NAMES", "TARGETS", "Names", "Report", "Row", "Target", "add_samples", "bench_json", "markdown", "publish"]
 
 P99: Final = ": p99 time between tokens"
 STORED: Final = ": until stored"
@@ -171,6 +172,16 @@ def markdown(report: Report) -> str:
         parts += [f"Added to a decode step of 8 requests by attention capture: {report.fit}.", ""]
     parts += [f"- {line}" for line in report.lines]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def publish(page: Path, name: str, text: str) -> None:
+    """Put `text` between the marks called `name` of a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise ValueError(f"{page} has no marks {begin} and {end}")
+    page.write_text(f"{head}{begin}\n\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 def _table(title: str, rows: Sequence[Row], suffix: str) -> list[str]:

@@ -1,12 +1,13 @@
-"""Does memory grow? `python -m tests.benchmarks.soak [REQUESTS]`: as many captured requests, by default 2,000.
+"""Does memory grow over 2,000 captured requests? `python -m tests.benchmarks.soak [REQUESTS] [--publish]`.
 
 A tiny random model, so that the requests are many and short; every one stores its logits and attention. Memory of the
 API process, the worker and the exporter is read at 20 moments when the exporter has nothing to do; the slope is that of
-the second half, beside the slope of plain vLLM under the same requests.
+the second half, beside the slope of plain vLLM under the same requests. `--publish` puts the table into the docs.
 """
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,8 @@ import numpy as np
 
 from deploy.model import demo_model
 from tests.benchmarks.load import Load, run_batch
+from tests.benchmarks.machine import ROOT, conditions
+from tests.benchmarks.report import publish
 from tests.benchmarks.servers import Engine, open_files
 from tests.integration.models import VOCAB, make_model
 from tracer import find_captures
@@ -28,6 +31,7 @@ __all__ = ["Moment", "main", "slope", "soak"]
 LOAD: Final = Load(8, 32, 16, (3, VOCAB))
 CAPTURE: Final = {"Trace-Capture": "logits, attention"}
 MOMENTS: Final = 20
+SHAPE: Final = f"{LOAD.streams} streams, {LOAD.prompt} prompt tokens, {LOAD.output} new tokens, logits and attention"
 OPTIONS: Final = ("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", "268435456")
 
 
@@ -100,7 +104,8 @@ def table(moments: Sequence[Moment], plain: Sequence[Moment]) -> str:
 
 def main() -> None:
     """Traced, then plain, and the table."""
-    requests = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+    numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    requests = numbers[0] if numbers else 2000
     found: dict[str, list[Moment]] = {}
     with tempfile.TemporaryDirectory(prefix="tensorspan-soak-") as name:
         folder = Path(name)
@@ -111,7 +116,12 @@ def main() -> None:
                 found[start.__name__] = soak(engine, requests)
             finally:
                 engine.stop()
-    sys.stdout.write(table(found["traced"], found["plain"]))
+        command = shlex.join(["python", "-m", "tests.benchmarks.soak", *sys.argv[1:]])
+        head = conditions(command, f"tiny random Llama, eager, {SHAPE}", folder.resolve())
+    text = "\n".join([*(f"- {line}" for line in head), "", table(found["traced"], found["plain"])])
+    sys.stdout.write(text)
+    if "--publish" in sys.argv:
+        publish(ROOT / "docs" / "benchmarks.md", "soak", text)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.bench import EIGHT, Plan, publish
+from tests.benchmarks.bench import EIGHT, Plan
 from tests.benchmarks.context import Point, fit, step_ms
 from tests.benchmarks.figure import draw
 from tests.benchmarks.load import Batch, Load, Stream, percentile, prompts
 from tests.benchmarks.measure import Captured, Sample, Variant, compare
-from tests.benchmarks.report import NAMES, P99, Report, Row, add_samples, bench_json, markdown
+from tests.benchmarks.report import NAMES, P99, Report, Row, add_samples, bench_json, markdown, publish
 from tests.benchmarks.servers import Memory
 from tests.benchmarks.soak import Moment, slope
 
@@ -133,11 +134,14 @@ def test_the_figure_is_an_svg_with_one_line_per_number() -> None:
     ET.fromstring(draw([Point(128, 1, -0.2, 25.0)]))
 
 
-def test_results_replace_only_what_is_between_the_marks() -> None:
-    page = "head\n<!-- results: begin -->\nold\n<!-- results: end -->\ntail\n"
-    new = publish(page, "| new |\n")
-    assert new == "head\n<!-- results: begin -->\n\n| new |\n\n<!-- results: end -->\ntail\n"
-    assert publish(new, "| new |\n") == new
+def test_results_replace_only_what_is_between_the_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("head\n<!-- results: begin -->\nold\n<!-- results: end -->\ntail\n")
+    for _ in range(2):
+        publish(page, "results", "| new |\n")
+        assert page.read_text() == "head\n<!-- results: begin -->\n\n| new |\n\n<!-- results: end -->\ntail\n"
+    with pytest.raises(ValueError, match="soak: begin"):
+        publish(page, "soak", "")
 
 
 def test_parts_choose_loads() -> None:
