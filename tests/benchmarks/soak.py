@@ -59,11 +59,12 @@ def model(folder: Path) -> Path:
 def soak(engine: Engine, requests: int) -> list[Moment]:
     """Send the requests, eight at a time; captures are counted and removed at each moment."""
     batches = max(MOMENTS, requests // LOAD.streams)
+    looks = {batches * (number + 1) // MOMENTS for number in range(MOMENTS)}
     moments = []
     refs: list[str] = []
     for number in range(1, batches + 1):
         refs += run_batch(engine.url, LOAD, number, lambda _: CAPTURE).refs
-        if number % (batches // MOMENTS) == 0:
+        if number in looks:
             engine.settle()
             moments.append(_moment(engine, number * LOAD.streams, refs))
             refs = []
@@ -90,7 +91,7 @@ def table(moments: Sequence[Moment], plain: Sequence[Moment]) -> str:
     roles = list(moments[-1].own)
     lines = ["| requests | " + " | ".join(f"{role}, MB | {role}, files" for role in roles) + " |"]
     lines.append("|---" * (1 + 2 * len(roles)) + "|")
-    for moment in moments[:: max(1, len(moments) // 10)]:
+    for moment in moments[1::2]:
         cells = " | ".join(f"{moment.own[role]:.1f} | {moment.files[role]}" for role in roles)
         lines.append(f"| {moment.requests} | {cells} |")
     lines.append("")
