@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import shlex
 import signal
 import statistics
@@ -131,7 +132,8 @@ def warm_up(fleet: Fleet, plan: Plan, found: Report) -> set[str]:
             fleet.run(variant, WARM)
         except RuntimeError as error:
             refused.add(variant.capture)
-            problem = f"not measured: {variant.name}: {str(error).partition(' cut it short: ')[2][:300]}"
+            detail = re.search(r'"detail": "(.*?)"', str(error))
+            problem = f"not measured: {variant.name}: {detail[1] if detail else str(error)[:300]}"
             found.problems += [problem] if problem not in found.problems else []
     return refused
 
@@ -290,7 +292,7 @@ def main() -> int:
         try:
             measure(plan, Path(folder), found)
         finally:
-            found.conditions.append(f"{(time.perf_counter() - BEGIN) / 60:.0f} minutes")
+            found.conditions.append(f"took {(time.perf_counter() - BEGIN) / 60:.0f} minutes")
             write(found, words.out, docs=words.publish)
     return 1 if any(problem.startswith("no result") for problem in found.problems) else 0
 
