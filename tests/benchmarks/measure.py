@@ -22,7 +22,7 @@ from tests.benchmarks.load import Batch, Load, percentile, run_batch
 from tests.benchmarks.servers import Engine
 from tracer import open_capture
 
-__all__ = ["Captured", "Fleet", "Sample", "Variant", "measure_round", "raw_bytes"]
+__all__ = ["Captured", "Fleet", "Sample", "Variant", "await_closed", "measure_round", "raw_bytes"]
 
 STORE_SECONDS: Final = 180.0
 """How long captures may take to be closed after the last token."""
@@ -105,7 +105,8 @@ class Fleet:
         with engine.awake():
             before = engine.writer_cpu()
             batch = run_batch(engine.url, load, self.seed(seed), variant.headers_of)
-            drain = _await_closed(engine.store, batch)
+            await_closed(engine.store, batch.refs)
+            drain = time.perf_counter() - max(stream.arrivals[-1] for stream in batch.streams)
             used = engine.settle() - before
         if not batch.refs:
             return batch, None
@@ -156,14 +157,13 @@ def compare(variant: Variant, batch: Batch, captured: Captured | None, plain: Se
     )
 
 
-def _await_closed(store: Path, batch: Batch) -> float:
-    """Seconds from the last token until every capture of the batch is closed."""
-    end = max(stream.arrivals[-1] for stream in batch.streams)
-    waiting = [store / ref / "zarr.json" for ref in batch.refs]
-    while waiting and time.perf_counter() < end + STORE_SECONDS:
+def await_closed(store: Path, refs: Sequence[str]) -> None:
+    """Wait until every one of these captures is closed, but no longer than STORE_SECONDS."""
+    end = time.perf_counter() + STORE_SECONDS
+    waiting = [store / ref / "zarr.json" for ref in refs]
+    while waiting and time.perf_counter() < end:
         time.sleep(POLL_SECONDS)
         waiting = [path for path in waiting if not _closed(path)]
-    return time.perf_counter() - end if batch.refs else 0.0
 
 
 def _closed(path: Path) -> bool:

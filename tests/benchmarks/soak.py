@@ -21,6 +21,7 @@ import numpy as np
 from deploy.model import demo_model
 from tests.benchmarks.load import Load, run_batch
 from tests.benchmarks.machine import ROOT, conditions
+from tests.benchmarks.measure import await_closed
 from tests.benchmarks.report import publish
 from tests.benchmarks.servers import Engine, open_files
 from tests.integration.models import VOCAB, make_model
@@ -65,6 +66,7 @@ def soak(engine: Engine, requests: int) -> list[Moment]:
     for number in range(1, batches + 1):
         refs += run_batch(engine.url, LOAD, number, lambda _: CAPTURE).refs
         if number in looks:
+            await_closed(engine.store, refs)
             engine.settle()
             moments.append(_moment(engine, number * LOAD.streams, refs))
             refs = []
