@@ -2,7 +2,7 @@
 # ENGINE=auto|cpu|gpu chooses the vLLM build; ARGS="-k pattern" goes to pytest; PYTHON=... names an interpreter.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types model venv clean
+.PHONY: help demo test bench lint types model venv clean
 
 ENGINE ?= auto
 ARGS ?=
@@ -24,6 +24,9 @@ demo: venv ## serve a small model, trace and capture a chat, print what was reco
 
 test: lint types ## everything CI runs: lint, types, architecture, all tests with a real engine
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: venv ## tensorspan beside plain vLLM: tables, bench.json, bench.svg (ARGS=--quick: under 8 minutes)
+	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
 lint: venv ## ruff and the import contracts
 	@$(BIN)/ruff check

@@ -3,7 +3,8 @@
 One engine, one process, the kinds of request alternating within each round, so that a noisy machine hits all alike:
 8 requests of 256 prompt tokens and 128 new tokens each, SmolLM2-135M-Instruct in bfloat16, compiled. `off` are requests
 without a trace on a hooked engine; every other row is a ratio to the `off` of its own round. The exporter process runs
-beside the engine on the same cores. The comparison with a plain server in a process of its own is a later benchmark's.
+beside the engine on the same cores. For work on the hooks: it starts in half a minute. What tracing costs against a
+plain server is `tests.benchmarks.bench`'s to say.
 """
 
 from __future__ import annotations

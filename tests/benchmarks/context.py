@@ -1,0 +1,89 @@
+"""What a captured decode step costs against its context and the number of captured rows in it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from tests.benchmarks.load import Batch, Load
+from tests.benchmarks.measure import Fleet, Variant
+
+__all__ = ["Fit", "Point", "fit", "step_ms", "sweep"]
+
+STREAMS: Final = 8
+STEPS: Final = 40
+CAPTURE: Final = "attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Milliseconds that capturing adds to a decode step of 8 requests, against plain vLLM."""
+
+    context: int
+    """Prompt tokens of each request."""
+    rows: int
+    """Requests of the step whose attention is captured."""
+    added_ms: float
+    plain_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """added = base + rows * (per_row + per_key * context), by least squares; all in ms."""
+
+    base: float
+    per_row: float
+    per_key: float
+    r2: float
+    """Share of the variance that the line explains."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.base:.2f} ms + rows x ({self.per_row:.2f} ms + {self.per_key * 1000:.2f} ms per 1,000 keys), "
+            f"R² {self.r2:.3f}"
+        )
+
+
+def sweep(fleet: Fleet, contexts: Sequence[int], rows: Sequence[int], say: Callable[[str], None]) -> list[Point]:
+    """Measure every pair. Prompts of one context are the same, so that only the first of each server is prefilled."""
+    points = []
+    for context in contexts:
+        load, seed = Load(STREAMS, context, STEPS), fleet.seed()
+        before = step_ms(fleet.plain(load, seed))
+        for count in rows:
+            variant = Variant(f"{count} rows", "traced", CAPTURE, capturing=tuple(range(count)))
+            batch, captured = fleet.run(variant, load, seed)
+            after = step_ms(fleet.plain(load, seed))
+            plain = (before + after) / 2
+            points.append(Point(context, count, step_ms(batch) - plain, plain))
+            faults = f", INCOMPLETE: {captured.faults[0]}" if captured is not None and captured.faults else ""
+            say(f"  {context} keys, {count} rows: {points[-1].added_ms:+.2f} ms on {plain:.2f} ms{faults}")
+            before = after
+    return points
+
+
+def step_ms(batch: Batch) -> float:
+    """Median time of a decode step after the last prefill of the batch."""
+    decoding = max(stream.arrivals[0] for stream in batch.streams)
+    gaps = [
+        end - start
+        for stream in batch.streams
+        for start, end in zip(stream.arrivals, stream.arrivals[1:], strict=False)
+        if start >= decoding
+    ]
+    return 1e3 * statistics.median(gaps)
+
+
+def fit(points: Sequence[Point]) -> Fit:
+    """The plane through the points."""
+    matrix = np.array([(1.0, point.rows, point.rows * point.context) for point in points])
+    values = np.array([point.added_ms for point in points])
+    found, *_ = np.linalg.lstsq(matrix, values, rcond=None)
+    left = float(np.sum((values - matrix @ found) ** 2))
+    total = float(np.sum((values - values.mean()) ** 2))
+    base, per_row, per_key = map(float, found)
+    return Fit(base, per_row, per_key, 1 - left / total if total else 1.0)
