@@ -96,6 +96,12 @@ class Work:
     """Layers that have given this row its weights."""
     qk_seen: int = 0
     """Layers whose queries and keys have been collected."""
+    keys_sent: int = field(init=False)
+    """`Traced.keys_sent` before this step: the next one may have begun when this one is sent."""
+
+    def __post_init__(self) -> None:
+        """Keep what later steps change."""
+        self.keys_sent = self.traced.keys_sent
 
     @property
     def queries(self) -> tuple[int, int]:
@@ -109,7 +115,7 @@ class Work:
     def keys(self) -> tuple[int, int]:
         """First position whose key is stored, and how many: all that the store has not been given yet."""
         stop = self.row.position + 1
-        start = min(self.traced.keys_sent, stop - self.row.samples)
+        start = min(self.keys_sent, stop - self.row.samples)
         return start, stop - start
 
     @property
