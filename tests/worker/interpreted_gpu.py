@@ -26,6 +26,7 @@ from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker import gpu_check, maths, triton_layer
 from tracer.worker.attention import LayerMath, row_features, summarise
 from tracer.worker.batch import Row
+from tracer.worker.device import Mark
 from tracer.worker.gpu_maths import GpuMaths, summarise_rows
 from tracer.worker.layers import Layer
 from tracer.worker.torch_maths import TorchMaths
@@ -70,7 +71,7 @@ class LateDevice:
         return LateMark(self, self.queued)
 
     @contextmanager
-    def aside(self, after: LateMark, *, late: bool = False) -> Iterator[None]:
+    def aside(self, after: Mark, *, late: bool = False) -> Iterator[None]:
         before = [(area, area.clone()) for area in self.areas]
         self.queued += 1
         yield
@@ -80,16 +81,16 @@ class LateDevice:
                 area.copy_(old)
 
     def arrive(self, at: int) -> None:
-        with torch.inference_mode():
-            for _, area, values in [copy for copy in self.on_the_way if copy[0] <= at]:
-                area.copy_(values)
+        for _, area, values in [copy for copy in self.on_the_way if copy[0] <= at]:
+            area.copy_(values)
         self.on_the_way = [copy for copy in self.on_the_way if copy[0] > at]
 
 
 def gpu_maths(layers: list[Layer]) -> GpuMaths:
     """Without the check at start, which has its own test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tracer.worker.gpu_maths.check_layer", lambda *arguments: None)
+        for name in ("check_layer", "check_logits"):
+            patch.setattr(f"tracer.worker.gpu_maths.{name}", lambda *arguments: None)
         return GpuMaths(LateDevice(), layers, 3)
 
 
@@ -190,6 +191,7 @@ def forward(gpu: Any, layer: Layer, work: Work, query: torch.Tensor, logits: tor
     with torch.inference_mode():
         gpu.attention(step, layer, [work], query, layer.module.kv_cache, metadata)
         gpu.collect(step, layer, [work], query, layer.module.kv_cache, metadata)
+    with torch.no_grad():  # around the runner's methods, not in them
         gpu.logits(step, [work], logits)
         gpu.copy(step)
     return step
@@ -220,7 +222,7 @@ def test_two_steps_in_flight_are_finished_on_another_thread() -> None:
     before: Step | None = None
     for at, given_ in enumerate(inputs):
         step = forward(gpu, layer, one_row(20 + at), *given_)
-        if at % 2:
+        if at % 3:
             with torch.inference_mode():
                 gpu.sampled(step, torch.tensor([[at]]))
         if before is not None:
@@ -257,6 +259,7 @@ def test_results_that_were_never_copied_are_not_read() -> None:
     gpu.attention(step, layer, [work], torch.randn(1, 2, 8), layer.module.kv_cache, metadata)
     with pytest.raises(GpuError, match="not copied"):
         gpu.finish(step)
+    assert work.traced.problems == ["step: its results were not copied to the host"]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +280,12 @@ def test_kernels_that_disagree_are_not_used(wrong: dict[str, Any]) -> None:
     gpu._layers[0] = replace(gpu._layers[0], **wrong)
     with pytest.raises(GpuError, match="not those of torch"):
         gpu_check.check_layer(gpu, layer)
+
+
+def test_logits_that_disagree_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracer.worker.gpu_maths.queue_logits", lambda *arguments: None)
+    with pytest.raises(GpuError, match="not those of torch"):
+        GpuMaths(LateDevice(), [], 3)
 
 
 def test_torch_does_the_work_where_the_kernels_cannot(

@@ -37,6 +37,7 @@ def test_kernels_compile_to_machine_code(
     engine: str, target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # else Triton warns once a process
     for name, own in KERNELS.items():
         kernel: Any = getattr(triton_kernels, name)
         constants = {key: value for key, value in {**SHAPE, **own}.items() if key in kernel.arg_names}

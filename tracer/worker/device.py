@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Area", "CudaDevice", "Device", "Mark", "indices"]
+__all__ = ["Area", "CudaDevice", "Device", "Mark", "indices", "lasting"]
 
 GROWTH = 1.5
 """Room for a context that grows by a key a step: page-locked memory is slow to get."""
@@ -90,8 +90,8 @@ class Area:
     @classmethod
     def of(cls, device: Device, size: int) -> Area:
         """An area of that many bytes."""
-        host = device.pinned(size)
-        return cls(device.empty(size), host, host.numpy())
+        host = lasting(device.pinned, size)
+        return cls(lasting(device.empty, size), host, host.numpy())
 
     def room(self, device: Device, size: int) -> Area:
         """This area or, if it is too small, a larger one; `size` bytes are in use then."""
@@ -107,6 +107,12 @@ class Area:
         """Queue a copy of the used bytes to the host."""
         if self.used:
             self.host[: self.used].copy_(self.device[: self.used], non_blocking=True)
+
+
+def lasting(make: Callable[[int], torch.Tensor], size: int) -> torch.Tensor:
+    """Memory that may be written to under vLLM's inference mode and outside of it, where hooks and `finish` may run."""
+    with torch.inference_mode(False):
+        return make(size)
 
 
 def indices(values: Sequence[int], device: torch.device) -> torch.Tensor:

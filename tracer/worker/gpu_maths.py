@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 
 from tracer.records import AttentionSummary
 from tracer.worker.attention import FEATURES
-from tracer.worker.device import Area, Device, Mark
-from tracer.worker.gpu_check import check_layer
+from tracer.worker.device import Area, Device, Mark, lasting
+from tracer.worker.gpu_check import check_layer, check_logits
 from tracer.worker.gpu_logits import (
     LogitsPlan,
     ask_for_ranks,
@@ -87,6 +88,7 @@ class GpuMaths:
         self._pool: list[_Buffers] = []
         for layer in usable:
             check_layer(self, layer)
+        check_logits(self, device.empty(0).device, topk)
 
     # -- during the forward pass -------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class GpuMaths:
         buffers.logit_rows.upload()
         size = count * vocab * logits.element_size()
         if len(buffers.raw) < size:
-            buffers.raw = self._device.empty(size + size // 2)
+            buffers.raw = lasting(self._device.empty, size + size // 2)
         step.logits = buffers.raw[:size].view(logits.dtype).view(count, vocab)
         torch.index_select(logits, 0, _numbers(buffers.logit_rows)[:count], out=step.logits)
         queue_logits(plan, step.logits, buffers.logits)
@@ -183,6 +185,8 @@ class GpuMaths:
         if buffers is None:
             return
         if buffers.done is None:
+            for work in step.works:
+                work.traced.problems.append("step: its results were not copied to the host")
             raise GpuError("the step's results were not copied to the host")
         buffers.done.synchronize()
         if buffers.logits_plan is not None:
@@ -209,8 +213,7 @@ class GpuMaths:
         assert buffers.done is not None
         buffers.ranks = buffers.ranks.room(self._device, 20 * len(tokens))
         ranks_of(buffers.ranks, len(tokens))[0][:] = tokens
-        # Memory that was made under vLLM's inference mode may be written to only under it.
-        with torch.inference_mode(), self._device.aside(buffers.done, late=True):
+        with self._device.aside(buffers.done, late=True):
             buffers.ranks.upload()
             ask_for_ranks(step.logits, buffers.ranks)
             buffers.ranks.fetch()
@@ -233,14 +236,15 @@ class GpuMaths:
         return buffers
 
     def _new_buffers(self) -> _Buffers:
-        return _Buffers(*(Area.of(self._device, 0) for _ in range(7)), raw=self._device.empty(0))
+        new = partial(Area.of, self._device, 0)
+        return _Buffers(new(), new(), new(), new(), new(), new(), new(), lasting(self._device.empty, 0))
 
     def _make_room(self, plan: RowPlan) -> None:
         """Scratch for the scores of one layer; each layer uses it after the one before."""
         self._stride = max(self._stride, -(-plan.longest // STRIDE) * STRIDE)
         size = plan.count * plan.most * self._stride
         if self._scores.numel() < size:
-            self._scores = self._device.empty(4 * size).view(torch.float32)
+            self._scores = lasting(self._device.empty, 4 * size).view(torch.float32)
 
 
 def _numbers(area: Area) -> torch.Tensor:
@@ -263,9 +267,10 @@ def summarise_rows(
     """Like `attention.summarise`, from features [layers, heads, 4] and each row's top [layers, heads, 2]."""
     seen = ~np.isnan(features[..., 0])
     means = features[seen].mean(axis=0, dtype=np.float64).tolist() if seen.any() else [math.nan] * len(FEATURES)
+    entropy, sink, prompt, own = means
     weights = np.where(tops[..., 1] >= 0, tops[..., 0], -1.0)
     layer, head = (int(place) for place in np.unravel_index(int(weights.argmax()), weights.shape))
     weight, position = tops[layer, head].tolist()
     if position < 0:
-        return AttentionSummary(*means, -1, 0.0, -1, -1)
-    return AttentionSummary(*means, int(position), weight, layers[layer], heads[head])
+        return AttentionSummary(entropy, sink, prompt, own, -1, 0.0, -1, -1)
+    return AttentionSummary(entropy, sink, prompt, own, int(position), weight, layers[layer], heads[head])
