@@ -150,7 +150,7 @@ class EngineInfo:
     block_size: int = 0
     prefix_caching: bool = False
     kernels: str = "torch"
-    """What computes attention rows and statistics: `torch`, or the C kernels (`native`)."""
+    """What computes attention rows and statistics: `torch`, the C kernels (`native`) or Triton's (`triton`)."""
     logits_unsupported: str | None = None
     """Why logits cannot be captured; None if they can."""
     attention_unsupported: str | None = None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,112 +14,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.worker.cases import TYPES, Case, attend, cases, collect, make_layer, traced
 from tracer import records
 from tracer.rebuilt import rebuild_rows
 from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker import native
 from tracer.worker.attention import LayerMath
 from tracer.worker.batch import Row
-from tracer.worker.keys import KeyLayout, _affine
+from tracer.worker.keys import KeyLayout
 from tracer.worker.layers import Layer
 from tracer.worker.maths import choose
 from tracer.worker.native import NativeError
 from tracer.worker.native_maths import NativeMaths
 from tracer.worker.torch_maths import TorchMaths
-from tracer.worker.work import Step, Traced, Work
+from tracer.worker.work import Step, Work
 
 CPU = torch.device("cpu")
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHOLE = records.CaptureSpec(None, records.AttentionSpec(dtype="f32"))
-LAYOUTS = ("transposed", "rows", "second half", "tiled")
-
-
-def offsets_of(layout: str, block: int, size: int) -> torch.Tensor:
-    """int64 [block, size]: where element (token, dim) lies in a block of one head."""
-    token, dim = torch.arange(block)[:, None], torch.arange(size)[None, :]
-    if layout == "transposed":
-        return dim * block + token
-    if layout == "tiled":  # pairs of dims side by side, as the AMX kernel wants them
-        return dim // 2 * (2 * block) + token * 2 + dim % 2
-    return token * (2 * size) + dim + (size if layout == "second half" else 0)
-
-
-def make_layer(index: int, layout: str, block: int, size: int, groups: int, maths: LayerMath, cache: Any) -> Layer:
-    slopes, heads = maths.alibi_slopes, groups * 2
-    if slopes is not None:
-        heads = len(slopes)
-    elif maths.sinks is not None:
-        heads = len(maths.sinks)
-    offsets = offsets_of(layout, block, size)
-    info = records.LayerInfo(index, f"layer {index}", heads, groups, size, maths.scale)
-    return Layer(info, SimpleNamespace(kv_cache=cache), maths, KeyLayout(block, size, offsets, _affine(offsets)))
-
-
-@dataclass
-class Case:
-    layer: Layer
-    cache: torch.Tensor
-    table: torch.Tensor
-    works: list[Work]
-    query: torch.Tensor
-
-
-def traced(spec: records.CaptureSpec, heads: list[int], layers: tuple[int, ...] = (0,)) -> Traced:
-    request = records.TraceRequest("a" * 32, "b" * 16, True, spec)
-    return Traced(request, {layer: slot for slot, layer in enumerate(layers)}, heads)
-
-
-@st.composite
-def cases(draw: Any) -> Case:
-    dtype = TYPES[draw(st.sampled_from(list(TYPES)))]
-    block, size = draw(st.sampled_from([16, 32, 96, 128])), draw(st.sampled_from([8, 32, 64, 80]))
-    groups, per_group = draw(st.sampled_from([(1, 1), (1, 6), (2, 2), (3, 3), (2, 4)]))
-    heads = groups * per_group
-    maths = LayerMath(
-        scale=draw(st.sampled_from([0.05, 0.3])),
-        sliding_window=draw(st.sampled_from([None, 1, 17, 1000])),
-        soft_cap=draw(st.sampled_from([None, 2.0, 50.0])),
-        alibi_slopes=draw(st.sampled_from([None, torch.linspace(0.01, 0.5, heads)])),
-        sinks=draw(st.sampled_from([None, torch.linspace(-1.0, 3.0, heads)])),
-    )
-    lengths = draw(st.lists(st.integers(1, 300), min_size=1, max_size=5))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    per_row = -(-max(lengths) // block)
-    blocks = per_row * len(lengths) + 1
-    cache = torch.randn(blocks, groups, block, 2 * size, generator=generator).to(dtype)
-    table = torch.randperm(blocks, generator=generator)[: per_row * len(lengths)].view(len(lengths), -1)
-    offsets = offsets_of(draw(st.sampled_from(LAYOUTS)), block, size)
-    info = records.LayerInfo(0, "layer 0", heads, groups, size, maths.scale)
-    layout = KeyLayout(block, size, offsets, _affine(offsets))
-    layer = Layer(info, SimpleNamespace(kv_cache=cache), maths, layout)
-    works, first = [], 0
-    for index, length in enumerate(lengths):
-        dtype_name = draw(st.sampled_from(["f32", "f16"]))
-        chosen = draw(st.sampled_from([list(range(heads)), [heads - 1], [0, heads + 1]]))
-        attention = draw(st.sampled_from([records.AttentionSpec(dtype=dtype_name), None]))
-        spec = records.CaptureSpec(None, attention, summary=True)
-        tokens = draw(st.integers(1, min(3, length)))
-        row = Row(f"r{index}", index, first, tokens, length - tokens, draw(st.integers(1, length)), samples=True)
-        works.append(Work(row, traced(spec, chosen)))
-        first += tokens
-    query = torch.randn(first, heads + 1, size, generator=generator).to(dtype)[:, :heads]
-    return Case(layer, cache, table.to(torch.int32), works, query)
-
-
-def on_host(values: Any) -> np.ndarray:
-    out: np.ndarray = values.numpy() if isinstance(values, torch.Tensor) else values
-    return out
-
-
-def attend(maths: Any, case: Case) -> tuple[list[dict[str, np.ndarray]], list[records.AttentionSummary | None]]:
-    works = [Work(work.row, work.traced) for work in case.works]
-    step = Step(0, works=works, rows=works)
-    metadata = SimpleNamespace(block_table=case.table, causal=True)
-    maths.attention(step, case.layer, works, case.query, case.cache, metadata)
-    maths.finish(step)
-    arrays = [{name: on_host(values).copy() for name, values, _ in work.arrays} for work in works]
-    maths.release(step)
-    return arrays, [work.attention for work in works]
 
 
 @settings(max_examples=120, deadline=None)
@@ -140,20 +50,6 @@ def test_rows_and_features_are_those_of_torch(case: Case) -> None:
         assert mine.entropy == pytest.approx(reference.entropy, abs=1e-4)
         assert mine.sink_mass == pytest.approx(reference.sink_mass, abs=1e-4)
         assert mine.top_weight == pytest.approx(reference.top_weight, abs=1e-5)
-
-
-def collect(maths: Any, case: Case, spec: records.QKSpec, sent: int) -> list[dict[str, tuple[np.ndarray, Any]]]:
-    request = records.TraceRequest("a" * 32, "b" * 16, True, records.CaptureSpec(qk=spec))
-    works = [Work(work.row, Traced(request, {}, [], {0: 0}, keys_sent=sent)) for work in case.works]
-    step = Step(0, works=works, sources=works)
-    maths.collect(step, case.layer, works, case.query, case.cache, SimpleNamespace(block_table=case.table, causal=True))
-    maths.finish(step)
-    out = [
-        {name: (on_host(values).copy(), start) for name, values, start in (*work.blocks, *work.arrays)}
-        for work in works
-    ]
-    maths.release(step)
-    return out
 
 
 @settings(max_examples=60, deadline=None)

@@ -390,6 +390,32 @@ def test_what_cannot_be_captured_is_refused(make: Callable[..., Engine], change:
     assert refusal(runner)
 
 
+def test_results_are_fetched_before_sampling_and_its_tokens_are_told_on_the_device(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, calls = make(), []
+    maths = engine.tracer._maths
+    monkeypatch.setattr(maths, "copy", lambda step: calls.append("copy"))
+    monkeypatch.setattr(maths, "sampled", lambda step, tokens: calls.append(tokens.tolist()))
+    engine.run(scheduled({"a": 2}, (arrival("a", 2, LOGITS),)))
+    assert calls == ["copy", [[VOCAB - 1]]]
+
+
+def test_what_the_layers_gave_is_fetched_although_the_logits_fail(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, calls = make(), []
+
+    def fails(*arguments: Any) -> None:
+        raise TypeError("logits of an odd type")
+
+    monkeypatch.setattr(engine.tracer._maths, "logits", fails)
+    monkeypatch.setattr(engine.tracer._maths, "copy", lambda step: calls.append("copy"))
+    with pytest.raises(TypeError, match="odd type"):
+        engine.run(scheduled({"a": 2}, (arrival("a", 2, LOGITS),)))
+    assert calls == ["copy"]
+
+
 def test_a_batch_that_is_not_known_is_not_guessed_at(make: Callable[..., Engine]) -> None:
     engine = make()
     engine.run(scheduled({"a": 2}, (arrival("a", 2, None),)))

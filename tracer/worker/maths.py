@@ -1,4 +1,4 @@
-"""Who computes a step's numbers: torch on any device, or the C kernels on CPUs. Both give the same within 1e-5."""
+"""Who computes a step's numbers: C kernels on CPUs, Triton kernels on GPUs, else torch; all the same to 1e-5."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Maths(Protocol):
     """The arithmetic of one worker's steps; called in this order, `finish` possibly on another thread."""
 
     name: str
-    """`native` or `torch`, as `tensorspan doctor` shows it."""
+    """`native`, `triton` or `torch`, as `tensorspan doctor` shows it."""
 
     def attention(
         self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
@@ -41,6 +41,12 @@ class Maths(Protocol):
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """Copy and count the raw logits [batch rows, vocab] of these rows before anything changes them."""
 
+    def copy(self, step: Step) -> None:
+        """The forward pass is queued: start to bring its results to the host. Called once, whatever the step holds."""
+
+    def sampled(self, step: Step, tokens: torch.Tensor) -> None:
+        """Token IDs [batch rows] or [batch rows, 1] as the sampler leaves them on the device; not every runner says."""
+
     def finish(self, step: Step) -> None:
         """Tokens are known: fill each work's summaries and arrays."""
 
@@ -49,7 +55,9 @@ class Maths(Protocol):
 
 
 def choose(layers: Sequence[Layer], device: torch.device, topk: int) -> Maths:
-    """The C kernels on a CPU where they can be built and agree with torch; else torch."""
+    """Compiled kernels for the device, where they can be built and agree with torch; else torch."""
+    if device.type == "cuda":
+        return _on_gpu(layers, device, topk)
     if device.type != "cpu":
         return TorchMaths(topk)
     try:
@@ -57,4 +65,16 @@ def choose(layers: Sequence[Layer], device: torch.device, topk: int) -> Maths:
             return NativeMaths(load(), layers, topk)
     except NativeError as error:
         LOG.warning("tensorspan: attention is computed by torch, which is slower: %s", error)
+        return TorchMaths(topk)
+
+
+def _on_gpu(layers: Sequence[Layer], device: torch.device, topk: int) -> Maths:
+    try:
+        from tracer.worker.device import CudaDevice
+        from tracer.worker.gpu_maths import GpuMaths
+
+        with torch.no_grad():
+            return GpuMaths(CudaDevice(device), layers, topk)
+    except Exception as error:  # noqa: BLE001 - no Triton, or whatever its compiler or the driver dislikes
+        LOG.warning("tensorspan: attention is computed by torch, which is slower: %s: %s", type(error).__name__, error)
         return TorchMaths(topk)

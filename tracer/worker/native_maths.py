@@ -222,6 +222,12 @@ class NativeMaths:
             *addresses_of(plan.numbers, plan.best, plan.ids, addresses, codes),
         )  # fmt: skip
 
+    def copy(self, step: Step) -> None:
+        """See `maths.Maths`: everything is on the host already."""
+
+    def sampled(self, step: Step, tokens: torch.Tensor) -> None:
+        """See `maths.Maths`: tokens are on the host already."""
+
     # -- when tokens are known ---------------------------------------------------------------------------------
 
     def finish(self, step: Step) -> None:

@@ -13,7 +13,7 @@ from tracer.records import LayerInfo
 from tracer.worker.native_layer import address_of
 from tracer.worker.work import Work
 
-__all__ = ["STORED", "QKPlan", "at_least", "keep_qk", "qk_dtype", "qk_plan"]
+__all__ = ["STORED", "QKPlan", "at_least", "keep_qk", "qk_dtype", "qk_plan", "qk_shapes"]
 
 STORED: Final[dict[str, tuple[int, Any]]] = {"f32": (0, np.dtype(np.float32)), "f16": (2, np.dtype(np.float16))}
 """Element types on disk: their number in kernels.c, and NumPy's."""
@@ -44,7 +44,7 @@ def qk_dtype(work: Work, engine_f32: bool) -> str:
 
 def qk_plan(works: Sequence[Work], layer: LayerInfo, count: int, buffer: Bytes, *, engine_f32: bool) -> QKPlan:
     """layer: any of the layers that are stored, which have one shape; count: layers of the model."""
-    shapes = [_shapes(work, layer) for work in works]
+    shapes = [qk_shapes(work, layer) for work in works]
     kinds = [STORED[qk_dtype(work, engine_f32)] for work in works]
     sizes = [sum(_size(shape) for shape in pair) * kind[1].itemsize for pair, kind in zip(shapes, kinds, strict=True)]
     buffer = at_least(buffer, sum(sizes))
@@ -83,7 +83,8 @@ def at_least(buffer: Bytes, size: int) -> Bytes:
     return buffer if len(buffer) >= size else np.empty(size + size // 4, np.uint8)
 
 
-def _shapes(work: Work, layer: LayerInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def qk_shapes(work: Work, layer: LayerInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes [positions, layers, heads, head_size] of a row's queries and keys."""
     layers = len(work.traced.qk_slots)
     queries, keys = work.queries[1], work.keys[1]
     return (queries, layers, layer.num_heads, layer.head_size), (keys, layers, layer.num_kv_heads, layer.head_size)

@@ -9,6 +9,7 @@ import torch
 
 from tracer.worker.attention import attention_last_rows, attention_rows
 from tracer.worker.batch import Row
+from tracer.worker.device import indices
 from tracer.worker.layers import Layer
 
 __all__ = ["last_row_weights", "past_keys", "require_causal", "row_weights", "worth_batching"]
@@ -57,12 +58,12 @@ def last_row_weights(
     assert layer.math is not None
     require_causal(metadata)
     device = kv_cache.device
-    positions = torch.tensor([row.position for row in rows])
-    count = -(-(int(positions.max()) + 1) // layer.keys.block_size)
+    positions = [row.position for row in rows]
+    count = -(-(max(positions) + 1) // layer.keys.block_size)
     # Rows of the table are as long as the longest request: what follows a shorter one's blocks is masked.
-    table = metadata.block_table[torch.tensor([row.index for row in rows], device=device), :count].to(torch.int64)
+    table = metadata.block_table[indices([row.index for row in rows], device), :count].to(torch.int64)
     keys = layer.keys.read(kv_cache, table.clamp(min=0).flatten())
     keys = keys.view(keys.shape[0], len(rows), -1, keys.shape[2])
-    last = query[torch.tensor([row.first + row.tokens - 1 for row in rows], device=device)]
-    weights = attention_last_rows(last, keys, positions.to(device), layer.math)
+    last = query[indices([row.first + row.tokens - 1 for row in rows], device)]
+    weights = attention_last_rows(last, keys, indices(positions, device), layer.math)
     return [weights[:, place, : row.position + 1] for place, row in enumerate(rows)]

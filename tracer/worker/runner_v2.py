@@ -121,11 +121,15 @@ class RunnerV2:
         def sampled(*args: Any, **kwargs: Any) -> Any:
             self._awaits_logits = True
             try:
-                return sample(*args, **kwargs)
+                output = sample(*args, **kwargs)
             finally:
                 if self._awaits_logits:  # another way to logits: the step goes without, its rows are settled now
                     self._awaits_logits = False
                     tracer.forward_done(None)
+            tokens = getattr(next(iter(output), None), "sampled_token_ids", None)
+            if tokens is not None:
+                tracer.sampled(tokens)
+            return output
 
         def tokens_sampled(*args: Any, **kwargs: Any) -> Any:
             output = sample_tokens(*args, **kwargs)

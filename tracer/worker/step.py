@@ -19,6 +19,7 @@ from tracer.context import from_extra_args, wall_clock_ns
 from tracer.export import Channel
 from tracer.records import ArrayRecord, AttentionSpec, EngineInfo, TraceRequest, WorkerEnd
 from tracer.worker.batch import Runner
+from tracer.worker.device import indices
 from tracer.worker.emit import send_blocks, send_step
 from tracer.worker.layers import Layer
 from tracer.worker.maths import Maths
@@ -167,7 +168,7 @@ class StepTracer:
             part = query[row.first + start - row.computed : row.first + stop - row.computed]
             weights = row_weights(layer, part, keys[:, :stop], torch.arange(start, stop, device=keys.device))
             chosen = [head for head in traced.heads if head < weights.shape[0]]
-            block = weights[chosen].to(DTYPES[traced.attention.dtype])
+            block = weights[indices(chosen, weights.device)].to(DTYPES[traced.attention.dtype])
             where = (traced.slots[layer.info.index], 0, start, 0)
             arrays, payload = pack([("attention_prefill", block, where)])
             record = ArrayRecord(traced.request.trace_id, traced.request.span_id, traced.attempt, arrays)
@@ -186,12 +187,24 @@ class StepTracer:
             for work in self._works(step):
                 _check_layers(work)
                 work.traced.pending += 1
-            sampling = [work for work in step.works if work.row.samples]
-            if logits is None or not sampling:
-                return
-            for place, work in enumerate(sampling):
-                work.logits_row = place
-            self._maths.logits(step, sampling, logits)
+            try:
+                self._logits(step, logits)
+            finally:
+                self._maths.copy(step)
+
+    def _logits(self, step: Step, logits: torch.Tensor | None) -> None:
+        sampling = [work for work in step.works if work.row.samples]
+        if logits is None or not sampling:
+            return
+        for place, work in enumerate(sampling):
+            work.logits_row = place
+        self._maths.logits(step, sampling, logits)
+
+    def sampled(self, tokens: torch.Tensor) -> None:
+        """The sampler's token IDs [batch rows, 1], on the device and not waited for."""
+        if self._step is not None:
+            with self._guard("sampled"), torch.no_grad():
+                self._maths.sampled(self._step, tokens)
 
     def take_step(self) -> Step | None:
         """The step waiting for its tokens; the tracer is free for the next one."""

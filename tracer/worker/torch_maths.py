@@ -1,4 +1,4 @@
-"""A step's numbers in plain torch, on any device: the reference, and what GPUs use."""
+"""A step's numbers in plain torch, on any device: the reference, and what is used where no kernels are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker.attention import row_features, summarise
+from tracer.worker.device import indices
 from tracer.worker.layers import Layer
 from tracer.worker.native_qk import keep_qk, qk_dtype
 from tracer.worker.pack import DTYPES
@@ -58,10 +59,15 @@ class TorchMaths:
 
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """See `maths.Maths`."""
-        # Pinned and asynchronous on a GPU: a pageable copy would wait for the whole forward pass.
-        picked = torch.tensor([work.row.index for work in sampling], pin_memory=logits.is_cuda)
-        step.logits = logits.index_select(0, picked.to(logits.device, non_blocking=True)).to(torch.float32)
+        picked = indices([work.row.index for work in sampling], logits.device)
+        step.logits = logits.index_select(0, picked).to(torch.float32)
         step.statistics = logits_statistics(step.logits, self._topk)
+
+    def copy(self, step: Step) -> None:
+        """See `maths.Maths`: `pack` copies what is stored."""
+
+    def sampled(self, step: Step, tokens: torch.Tensor) -> None:
+        """See `maths.Maths`: `finish` looks at the tokens on the host."""
 
     def finish(self, step: Step) -> None:
         """See `maths.Maths`."""
@@ -96,7 +102,7 @@ def _keep(work: Work, index: int, weights: torch.Tensor) -> None:
     chosen = [head for head in traced.heads if head < weights.shape[0]]
     work.layers_seen += 1
     every = len(chosen) == weights.shape[0]
-    work.weights[traced.slots[index], : len(chosen)] = weights if every else weights[chosen]
+    work.weights[traced.slots[index], : len(chosen)] = weights if every else weights[indices(chosen, weights.device)]
 
 
 def _qk_room(work: Work, layer: Layer, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
