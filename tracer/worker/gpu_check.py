@@ -62,12 +62,19 @@ def check_layer(maths: Maths, layer: Layer) -> None:
         found: dict[str, Any] = {name: values for name, values, _ in work.arrays + work.blocks}
         _compare(f"layer {info.name}", "weights", found["attention"][0], weights, TOLERANCE)
         _compare(
-            f"layer {info.name}", "features", found["attention_summary"][0], row_features(weights, 1), FEATURE_TOLERANCE
+            f"layer {info.name}",
+            "features",
+            found["attention_summary"][0],
+            row_features(weights, length),
+            FEATURE_TOLERANCE,
         )
-        _compare(f"layer {info.name}", "queries", found["query"][:, 0], query[place : place + 1].float(), 0.0)
+        _compare(f"layer {info.name}", "queries", found["query"], query[place : place + 1].float(), 0.0)
         first = max(length - (layer.math.sliding_window or length), 0)
         expected = read[:, place, first:length].transpose(0, 1).float()
-        _compare(f"layer {info.name}", "keys", found["key"][first:, 0], expected, 0.0)
+        keys = found["key"]  # Of one layer; the prompt's other positions come before it.
+        if length > 1:
+            keys = np.concatenate([found["key_prompt"][:, 0], keys])
+        _compare(f"layer {info.name}", "keys", keys[first:], expected, 0.0)
     maths.release(step)
 
 
@@ -114,7 +121,7 @@ def _works(index: int, heads: int) -> list[Work]:
     request = TraceRequest("0" * 32, "0" * 16, sampled=False, capture=ASKED)
     return [
         Work(
-            Row(str(place), place, place, 1, length - 1, 1, samples=True),
+            Row(str(place), place, place, 1, length - 1, length, samples=True),
             Traced(request, {index: 0}, list(range(heads)), {index: 0}),
         )
         for place, length in enumerate(LENGTHS)
