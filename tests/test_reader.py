@@ -333,7 +333,7 @@ def test_today_s_writer_still_writes_the_golden_format(tmp_path: Path) -> None:
     arrays = now["consolidated_metadata"]["metadata"]
     # How many keys an inner chunk of `attention` holds is the writer's choice; readers take it from here.
     chunk = arrays["attention"]["codecs"][0]["configuration"]["chunk_shape"]
-    assert chunk == [1, 2, 2, 64]
+    assert chunk == [1, 2, 2, 128]
     chunk[-1] = 256
     for name, metadata in group["consolidated_metadata"]["metadata"].items():
         # Token bytes differ in length; everything else is the same to the letter.

@@ -52,12 +52,12 @@ def test_attention_shards_do_not_shrink_because_the_model_allows_long_outputs() 
 
 @pytest.mark.parametrize(
     ("prompt", "capacity", "keys"),
-    [(7, 600, 64), (256, 384, 64), (256, 8192, 64), (1000, 2048, 128), (4000, 8192, 256), (20, 131_072, 256)],
+    [(7, 600, 128), (256, 384, 128), (256, 8192, 128), (2000, 4096, 256), (4000, 8192, 256), (20, 131_072, 256)],
 )
 def test_short_rows_have_small_blocks_and_no_row_has_many(prompt: int, capacity: int, keys: int) -> None:
     layout = schema.attention_layout(30, 9, prompt, capacity, "f16")
     assert layout.chunk == (1, 30, 9, keys)
-    assert layout.shard[-1] // keys <= max(128, capacity // 256)
+    assert layout.shard[-1] // keys <= max(64, capacity // 256)
 
 
 def test_float32_attention_uses_byte_shuffle() -> None:

@@ -74,9 +74,8 @@ FEATURES: Final = ("entropy", "sink_mass", "prompt_mass", "self_weight")
 """Last axis of `attention_summary`, in this order."""
 KEY_BLOCK: Final = 256
 """Keys per inner chunk of `attention_prefill`, and at most of `attention`; both shards are multiples of it."""
-MIN_KEY_BLOCK: Final = 64
-MAX_KEY_BLOCKS: Final = 128
-"""Blocks per row of `attention` above which they become larger: a shard's index lists them all."""
+SHORT_KEY_BLOCK: Final = 128
+"""The same for `attention` where rows are expected to have less than 2,048 keys, and can have at most 16,384."""
 QUERY_BLOCK: Final = 64
 """Query rows per inner chunk of `attention_prefill`."""
 QUERY_SHARD: Final = 256
@@ -341,14 +340,13 @@ def shard_steps(row_bytes: int) -> int:
 
 
 def key_block(width: int, expected: int) -> int:
-    """Keys per inner chunk of `attention`: 64, 128 or 256.
+    """Keys per inner chunk of `attention`: 128 or 256.
 
-    A row's last block is padded, so that short rows need small blocks; few of them make long rows cheap to read.
+    A row's last block is padded, so that short rows need small blocks; a shard's index lists the blocks of all rows,
+    so that long ones need large blocks.
     """
-    block = KEY_BLOCK
-    while block > MIN_KEY_BLOCK and block * 8 > expected and 2 * width // block <= MAX_KEY_BLOCKS:
-        block //= 2
-    return block
+    short = expected < 8 * KEY_BLOCK and width <= 64 * KEY_BLOCK
+    return SHORT_KEY_BLOCK if short else KEY_BLOCK
 
 
 def round_up(value: int, multiple: int) -> int:

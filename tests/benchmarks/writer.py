@@ -5,9 +5,9 @@ CPU (user and system) of `ZarrExporter` per MB of arrays, against `os.write` of 
 row of 30 layers and 9 heads, its summary. The values are shaped like real ones: logits that bfloat16 holds, attention
 from a softmax with a sink. Everything from the first record to the closed capture counts, the journal included; each
 row of the table is a ratio to the appends of its own round, on memory (/dev/shm) and on the disk of the working
-directory; `steps` leaves out the first and the last record of a capture. The order within a round changes, a first
-round only warms up, and nothing is removed before the last round: ext4 walks past every inode that was freed less than
-a minute ago, and making a file after removing many is 20 times dearer.
+directory; `steps` leaves out the first and the last record of a capture. The order within a round changes, and a first
+round only warms up. Between runs files are emptied, so that all use the same memory, but not removed: ext4 walks past
+every inode that was freed less than a minute ago, and making a file after removing many is 20 times dearer.
 """
 
 from __future__ import annotations
@@ -135,7 +135,11 @@ def cpu(run: Run, root: Path, work: Work) -> tuple[float, float]:
     place = Path(tempfile.mkdtemp(dir=root))
     before = time.process_time()
     steps_alone = run(place, work)
-    return time.process_time() - before, steps_alone
+    seconds = time.process_time() - before
+    for path in place.rglob("*"):
+        if path.is_file():
+            os.truncate(path, 0)
+    return seconds, steps_alone
 
 
 def measure(root: Path, work: Work, rounds: int) -> dict[str, list[tuple[float, float]]]:
