@@ -168,6 +168,8 @@ def check_disk(engine: str) -> None:
 
 def create_venv() -> None:
     """An empty `.venv`."""
+    if VENV.is_symlink():  # `--clear` would empty what it points to.
+        raise SetupError(f"{VENV} is a link to {VENV.resolve()}, which belongs to another checkout; remove the link")
     command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:

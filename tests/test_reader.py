@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 
 from tests.exporters.synthetic import DECODE, FULL, NOTHING, SPAN, TRACE, Synthetic, engine, exporter, write
 from tracer.errors import CaptureNotFoundError, FormatError
@@ -344,3 +346,22 @@ def test_today_s_writer_still_writes_the_golden_format(tmp_path: Path) -> None:
 def test_reading_needs_no_exporter() -> None:
     code = "import sys, tracer.reader; print([n for n in sys.modules if n.startswith(('exporters', 'torch', 'vllm'))])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_attention_of_the_golden_queries_and_keys_by_the_documented_formula() -> None:
+    """Element by element in float64, from plain zarr: docs/store-format.md and nothing of ours."""
+    root = GOLDEN.with_name("golden-v1-qk")
+    capture, group = open_capture(root), zarr.open_group(find_captures(root)[0].path, mode="r")
+    queries = np.concatenate([group["query_prompt"][:], group["query"][:]]).astype(float)
+    keys = np.concatenate([group["key_prompt"][:], group["key"][:]]).astype(float)
+    scale = group.attrs["engine"]["layers"][0]["scale"]
+    for position, layer, head in itertools.product(range(7), (0, 1), range(4)):
+        scores = [
+            scale * float(queries[position, layer, head] @ keys[j, layer, head // 2]) for j in range(position + 1)
+        ]
+        weights = np.exp(np.array(scores) - max(scores))
+        if position >= 4:
+            got = capture.row(step=position - 4, layer=layer, head=head)
+        else:
+            got = np.asarray(capture.attention_prefill[layer])[head, position, : position + 1]
+        np.testing.assert_allclose(got, weights / weights.sum(), rtol=0, atol=1e-6)

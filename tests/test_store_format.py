@@ -30,6 +30,7 @@ def test_examples_run_on_the_golden_capture(code: str, tmp_path: Path, monkeypat
 def test_every_array_and_step_number_is_described() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name in (*schema.STEP_NUMBERS, *schema.FEATURES, schema.LOGITS, schema.LOGITS_TOPK, schema.LOGITS_TOPK_ID,
-                 schema.ATTENTION, schema.ATTENTION_PREFILL, schema.ATTENTION_SUMMARY):  # fmt: skip
+                 schema.ATTENTION, schema.ATTENTION_PREFILL, schema.ATTENTION_SUMMARY, schema.QUERY, schema.KEY,
+                 schema.QUERY_PROMPT, schema.KEY_PROMPT):  # fmt: skip
         assert f"`{name}`" in text, name
     assert f"version {schema.VERSION}" in text
