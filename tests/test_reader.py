@@ -351,7 +351,8 @@ def test_reading_needs_no_exporter() -> None:
 def test_attention_of_the_golden_queries_and_keys_by_the_documented_formula() -> None:
     """Element by element in float64, from plain zarr: docs/store-format.md and nothing of ours."""
     root = GOLDEN.with_name("golden-v1-qk")
-    capture, group = open_capture(root), zarr.open_group(find_captures(root)[0].path, mode="r")
+    capture = open_capture(root)
+    group: Any = zarr.open_group(capture.location, mode="r")
     queries = np.concatenate([group["query_prompt"][:], group["query"][:]]).astype(float)
     keys = np.concatenate([group["key_prompt"][:], group["key"][:]]).astype(float)
     scale = group.attrs["engine"]["layers"][0]["scale"]
