@@ -179,7 +179,7 @@ def test_errors_name_layers_heads_and_steps_that_exist(tmp_path: Path) -> None:
     np.testing.assert_array_equal(capture.row(step=1, layer=4, head=3), generation.rows[1][1, 1])
     with pytest.raises(KeyError, match=r"layer 2 is not in this capture's attention; it has \[1, 4\]"):
         capture.attention[2]
-    with pytest.raises(KeyError, match=r"head 1 is not in this capture; it has \[0, 3\]"):
+    with pytest.raises(KeyError, match=r"head 1 is not in this capture's attention; it has \[0, 3\]"):
         capture.row(step=0, layer=1, head=1)
     with pytest.raises(KeyError, match="step 2 is not in this capture; it has 2 steps"):
         capture.row(step=2, layer=1, head=0)

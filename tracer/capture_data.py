@@ -214,18 +214,21 @@ class Capture:
 
         layer, head: the model's indices. Raises KeyError naming what exists, or saying why the row is missing.
         """
-        self._check_step(step)
-        layers = self.attention
-        if isinstance(layers, RebuiltLayers):
-            return self._known_row(layers.row(layer, head, step), step)
-        array = layers[layer]
-        heads = array["head"].to_numpy().tolist()
-        if head not in heads:
-            raise KeyError(f"head {head} is not in this capture; it has {heads}")
+        if schema.ATTENTION not in self._group:
+            self._check_step(step)
+            layers = self.attention
+            row = layers.row(layer, head, step) if isinstance(layers, RebuiltLayers) else layers[layer].to_numpy()
+            return self._known_row(row, step)
+        # Not through xarray: opening a Dataset takes longer than reading the row.
+        array, indices, heads = self._array(schema.ATTENTION), self._column("layer"), self._column("head")
+        if not 0 <= step < array.shape[0]:
+            self._check_step(step)
+        for what, index, known in (("layer", layer, indices), ("head", head, heads)):
+            if index not in known:
+                raise KeyError(f"{what} {index} is not in this capture's attention; it has {known.tolist()}")
         self._check_head(layer, head)
-        return self._known_row(
-            array.isel(step=step, head=heads.index(head)).to_numpy()[: self.steps[step].kv_len], step
-        )
+        at = (step, int(np.flatnonzero(indices == layer)[0]), int(np.flatnonzero(heads == head)[0]))
+        return self._known_row(np.asarray(array[(*at, slice(self.prompt_tokens + step))]), step)
 
     def _known_row(self, row: Array, step: int) -> Array:
         if not row.any():
