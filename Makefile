@@ -25,7 +25,7 @@ demo: venv ## serve a small model, trace and capture a chat, print what was reco
 test: lint types ## everything CI runs: lint, types, architecture, all tests with a real engine
 	@$(BIN)/python -m pytest $(ARGS)
 
-bench: venv ## tensorspan beside plain vLLM: tables, bench.json, bench.svg (ARGS=--quick: under 8 minutes)
+bench: venv ## tensorspan beside plain vLLM: tables, bench.json, bench.svg (ARGS=--quick: about 8 minutes)
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
 lint: venv ## ruff and the import contracts

@@ -267,7 +267,7 @@ def write(found: Report, out: Path, *, docs: bool) -> None:
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="under 8 minutes, one or two rounds of the main rows")
+    parser.add_argument("--quick", action="store_true", help="about 8 minutes, one or two rounds of the main rows")
     parser.add_argument("--rounds", type=int, default=None, help="rounds of the main table (default 6, quick 2)")
     parser.add_argument("--starts", type=int, default=None, help="starts of the servers (default 2, quick 1)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"only some of {','.join(PARTS)}")
