@@ -44,7 +44,8 @@ def test_streamed_chat_through_the_official_client(
 ) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     raw = client.chat.completions.with_raw_response.create(
-        **chat(stream=True), extra_headers={"Trace-Capture": "logits;dtype=f32, attention;rows=all;dtype=f32"}
+        **chat(stream=True),
+        extra_headers={"Trace-Capture": "logits;dtype=f32, attention;rows=all;dtype=f32, qk;rows=all"},
     )
     assert raw.headers["trace-capture-status"] == "recording"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in raw.parse() if chunk.choices)
@@ -61,6 +62,9 @@ def test_streamed_chat_through_the_official_client(
     for layer in cap.attention:
         prompt = np.asarray(cap.attention_prefill[layer])[..., : last + 1]
         np.testing.assert_allclose(prompt, want.attention[layer, :, : last + 1, : last + 1], rtol=0, atol=TOLERANCE)
+        rebuilt = np.asarray(cap.qk_prefill[layer])
+        np.testing.assert_allclose(rebuilt, want.attention[layer, :, : last + 1, : last + 1], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(np.asarray(cap.qk[layer]), np.asarray(cap.attention[layer]), rtol=0, atol=TOLERANCE)
         for step in range(len(answer)):
             rows = np.asarray(cap.attention[layer].isel(step=step))[:, : last + 1 + step]
             np.testing.assert_allclose(
