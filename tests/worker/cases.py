@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -131,3 +132,19 @@ def collect(maths: Any, case: Case, spec: records.QKSpec, sent: int) -> list[dic
     ]
     maths.release(step)
     return out
+
+
+def check_rows(got: Any, said: Any, wanted: Any, expected: Any) -> None:
+    """Arrays and summaries of one kind of maths are those of the reference."""
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, values in theirs.items():
+            assert ours[name].dtype == values.dtype
+            tolerance = {"attention": 1e-5 if values.dtype == np.float32 else 5e-4, "attention_summary": 1e-4}[name]
+            np.testing.assert_allclose(ours[name], values, rtol=0, atol=tolerance, err_msg=name)
+    for mine, reference in zip(said, expected, strict=True):
+        assert mine is not None
+        assert reference is not None
+        assert mine.entropy == pytest.approx(reference.entropy, abs=1e-4)
+        assert mine.sink_mass == pytest.approx(reference.sink_mass, abs=1e-4)
+        assert mine.top_weight == pytest.approx(reference.top_weight, abs=1e-5)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worker.cases import TYPES, Case, attend, cases, collect, make_layer, traced
+from tests.worker.cases import TYPES, Case, attend, cases, check_rows, collect, make_layer, traced
 from tracer import records
 from tracer.rebuilt import rebuild_rows
 from tracer.statistics import logits_statistics, logits_summaries
@@ -38,18 +38,7 @@ WHOLE = records.CaptureSpec(None, records.AttentionSpec(dtype="f32"))
 def test_rows_and_features_are_those_of_torch(case: Case) -> None:
     got, said = attend(NativeMaths(native.load(), [case.layer], 3), case)
     wanted, expected = attend(TorchMaths(3), case)
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, values in theirs.items():
-            assert ours[name].dtype == values.dtype
-            tolerance = {"attention": 1e-5 if values.dtype == np.float32 else 5e-4, "attention_summary": 1e-4}[name]
-            np.testing.assert_allclose(ours[name], values, rtol=0, atol=tolerance, err_msg=name)
-    for mine, reference in zip(said, expected, strict=True):
-        assert mine is not None
-        assert reference is not None
-        assert mine.entropy == pytest.approx(reference.entropy, abs=1e-4)
-        assert mine.sink_mass == pytest.approx(reference.sink_mass, abs=1e-4)
-        assert mine.top_weight == pytest.approx(reference.top_weight, abs=1e-5)
+    check_rows(got, said, wanted, expected)
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tracer.records import LogitsSummary
 from tracer.statistics import ROWS_AT_ONCE, logits_statistics
 from tracer.worker.device import Area, Device
-from tracer.worker.gpu_plan import aligned, carve
-from tracer.worker.native_qk import STORED
+from tracer.worker.gpu_plan import carve
 from tracer.worker.pack import DTYPES
+from tracer.worker.places import STORED, aligned
 from tracer.worker.work import Stored, Work
 
 __all__ = ["LogitsPlan", "ask_for_ranks", "logits_plan", "queue_logits", "summaries"]

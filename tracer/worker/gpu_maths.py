@@ -34,7 +34,7 @@ from tracer.worker.gpu_logits import (
 )
 from tracer.worker.gpu_plan import PickPlan, RowPlan, pick_plan, row_plan
 from tracer.worker.layers import Layer
-from tracer.worker.native_qk import keep_qk
+from tracer.worker.places import keep_qk
 from tracer.worker.rows import require_causal
 from tracer.worker.triton_layer import TYPES, GpuError, TritonLayer, as_results
 from tracer.worker.work import Step, Work

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from tracer.records import LayerInfo
 from tracer.worker.attention import FEATURES
 from tracer.worker.device import Area, Device
-from tracer.worker.native_qk import STORED, qk_dtype, qk_shapes
+from tracer.worker.places import STORED, aligned, qk_dtype, qk_shapes, row_bytes
 from tracer.worker.work import Work
 
-__all__ = ["PickPlan", "RowPlan", "aligned", "carve", "pick_plan", "row_plan"]
+__all__ = ["PickPlan", "RowPlan", "carve", "pick_plan", "row_plan"]
 
-ALIGN: Final = 64
 FACTS: Final = 9
 """Numbers per row, in the order that `triton_kernels` reads them."""
 NOT_STORED: Final = -1
@@ -63,11 +62,6 @@ class PickPlan:
     keys_at: int
 
 
-def aligned(size: int) -> int:
-    """`size` bytes, rounded up so that what follows may be of any type."""
-    return -(-size // ALIGN) * ALIGN
-
-
 def carve(area: Area, at: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """An array of that shape inside the area's host memory."""
     return np.ndarray(shape, dtype, area.bytes, at)
@@ -82,7 +76,7 @@ def row_plan(
     heads_at = slots_at + layers * count
     places_at = heads_at + count * most
     tables, numbers = _numbers(tables, places_at + count * width, device)
-    results = results.room(device, sum(sum(_row_bytes(work)) for work in works))
+    results = results.room(device, sum(sum(row_bytes(work)) for work in works))
     facts = numbers[:slots_at].reshape(count, FACTS)
     slots = numbers[slots_at:heads_at].reshape(layers, count)
     heads = numbers[heads_at:places_at].reshape(count, most)
@@ -101,7 +95,7 @@ def row_plan(
         arrays.append(parts)
         last = row.first + row.tokens - 1
         facts[place] = (last, row.index, row.position, row.prompt_tokens, len(own), code, *starts)
-        at += sum(_row_bytes(work))
+        at += sum(row_bytes(work))
     longest = max(work.row.position + 1 for work in works)
     named = {id(work): place for place, work in enumerate(works)}
     return RowPlan(named, arrays, most, width, longest, slots_at, heads_at, places_at), results, tables
@@ -160,7 +154,7 @@ def _row_arrays(
     """A row's arrays on the host, where each starts in the buffer (in elements), and the type of its weights."""
     traced = work.traced
     layers, heads = len(traced.slots), len(traced.heads)
-    room = _row_bytes(work)
+    room = row_bytes(work)
     features = carve(results, at + room[0], FLOAT, (layers, heads, len(FEATURES)))
     tops = carve(results, at + room[0] + room[1], FLOAT, (layers, heads, 2))
     starts = ((at + room[0]) // FLOAT.itemsize, (at + room[0] + room[1]) // FLOAT.itemsize)
@@ -169,16 +163,6 @@ def _row_arrays(
     code, dtype = STORED[traced.attention.dtype]
     weights = carve(results, at, dtype, (layers, heads, work.row.position + 1))
     return (weights, features, tops), (at // dtype.itemsize, *starts), code
-
-
-def _row_bytes(work: Work) -> tuple[int, int, int]:
-    """Aligned bytes of a row's weights, features and tops."""
-    traced = work.traced
-    cells = len(traced.slots) * len(traced.heads)
-    weights = 0
-    if traced.attention is not None:
-        weights = cells * (work.row.position + 1) * int(STORED[traced.attention.dtype][1].itemsize)
-    return aligned(weights), aligned(cells * len(FEATURES) * 4), aligned(cells * 2 * 4)
 
 
 def _pair_bytes(shapes: tuple[tuple[int, ...], tuple[int, ...]], kind: tuple[int, Any]) -> tuple[int, int]:

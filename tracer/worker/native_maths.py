@@ -19,13 +19,13 @@ from tracer.worker.attention import FEATURES, attention_last_rows
 from tracer.worker.layers import Layer
 from tracer.worker.native import NativeError
 from tracer.worker.native_layer import CODES, NativeLayer, address_of, addresses_of
-from tracer.worker.native_qk import STORED, QKPlan, at_least, keep_qk, qk_plan
+from tracer.worker.native_qk import QKPlan, at_least, qk_plan
+from tracer.worker.places import STORED, aligned, keep_qk, row_bytes
 from tracer.worker.rows import require_causal
 from tracer.worker.work import Step, Work
 
 __all__ = ["NativeMaths"]
 
-ALIGN: Final = 64
 FLOAT: Final = np.dtype(np.float32)
 STRIDE: Final = 1024
 """Score rows grow by this many keys, so that a growing context does not ask for memory at every step."""
@@ -164,7 +164,7 @@ class NativeMaths:
 
     def _plan(self, step: Step, buffers: _Buffers) -> _Plan:
         works = step.rows
-        sizes = [_row_bytes(work) for work in works]
+        sizes = [row_bytes(work) for work in works]
         buffers.rows = at_least(buffers.rows, sum(map(sum, sizes)))
         base, at = address_of(buffers.rows), 0
         addresses = np.zeros((3, self._count, len(works)), np.int64)
@@ -201,12 +201,12 @@ class NativeMaths:
         buffers, count, vocab = self._buffers(step), len(sampling), logits.shape[1]
         raw = count * vocab * logits.element_size()
         kept = [_kept_dtype(work) for work in sampling]
-        sizes = [0 if dtype is None else _aligned(vocab * dtype[1].itemsize) for dtype in kept]
-        buffers.logits = at_least(buffers.logits, _aligned(raw) + sum(sizes))
+        sizes = [0 if dtype is None else aligned(vocab * dtype[1].itemsize) for dtype in kept]
+        buffers.logits = at_least(buffers.logits, aligned(raw) + sum(sizes))
         copy = torch.from_numpy(buffers.logits[:raw]).view(logits.dtype).view(count, vocab)
         torch.index_select(logits, 0, torch.tensor([work.row.index for work in sampling]), out=copy)
         step.logits = copy
-        at, copies = _aligned(raw), []
+        at, copies = aligned(raw), []
         for dtype, size in zip(kept, sizes, strict=True):
             copies.append(None if dtype is None else _carve(buffers.logits, at, dtype[1], (vocab,)))
             at += size
@@ -342,23 +342,9 @@ class NativeMaths:
         return out
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
-
-
 def _carve(buffer: Bytes, at: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     """An array of that shape inside `buffer`."""
     return np.ndarray(shape, dtype, buffer, at)
-
-
-def _row_bytes(work: Work) -> tuple[int, int, int]:
-    """Aligned bytes of a row's weights, features and tops."""
-    traced = work.traced
-    cells = len(traced.slots) * len(traced.heads)
-    weights = 0
-    if traced.attention is not None:
-        weights = cells * (work.row.position + 1) * int(STORED[traced.attention.dtype][1].itemsize)
-    return _aligned(weights), _aligned(cells * len(FEATURES) * 4), _aligned(cells * 2 * 4)
 
 
 def _kept_dtype(work: Work) -> tuple[int, Any] | None:

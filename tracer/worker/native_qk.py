@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracer.records import LayerInfo
 from tracer.worker.native_layer import address_of
+from tracer.worker.places import STORED, qk_dtype, qk_shapes
 from tracer.worker.work import Work
 
-__all__ = ["STORED", "QKPlan", "at_least", "keep_qk", "qk_dtype", "qk_plan", "qk_shapes"]
-
-STORED: Final[dict[str, tuple[int, Any]]] = {"f32": (0, np.dtype(np.float32)), "f16": (2, np.dtype(np.float16))}
-"""Element types on disk: their number in kernels.c, and NumPy's."""
+__all__ = ["QKPlan", "at_least", "qk_plan"]
 
 Bytes = NDArray[np.uint8]
 
@@ -33,13 +31,6 @@ class QKPlan:
     arrays: list[tuple[NDArray[Any], NDArray[Any]]]
     places: dict[int, int]
     """`id` of a work → its place among the rows."""
-
-
-def qk_dtype(work: Work, engine_f32: bool) -> str:
-    """`f16` or `f32`: what was asked for, or what holds the engine's values."""
-    spec = work.traced.qk
-    assert spec is not None
-    return spec.dtype or ("f32" if engine_f32 else "f16")
 
 
 def qk_plan(works: Sequence[Work], layer: LayerInfo, count: int, buffer: Bytes, *, engine_f32: bool) -> QKPlan:
@@ -66,28 +57,9 @@ def qk_plan(works: Sequence[Work], layer: LayerInfo, count: int, buffer: Bytes, 
     return QKPlan(buffer, picks, addresses, arrays, {id(work): place for place, work in enumerate(works)})
 
 
-def keep_qk(work: Work, queries: Any, keys: Any) -> None:
-    """Split queries and keys [positions, layers, heads, head_size] into the step's own row and those of the prompt."""
-    row = work.row
-    first, start = work.queries[0], work.keys[0]
-    for name, values, position in (("query", queries, row.computed + first - row.first), ("key", keys, start)):
-        before = max(min(row.prompt_tokens - 1, row.position + 1) - position, 0)
-        if min(before, len(values)):
-            work.blocks.append((f"{name}_prompt", values[:before], (position, 0, 0, 0)))
-        if row.samples and len(values) and position + len(values) == row.position + 1:
-            work.arrays.append((name, values[-1], (0, 0, 0)))
-
-
 def at_least(buffer: Bytes, size: int) -> Bytes:
     """`buffer`, or a larger one with room for some growth."""
     return buffer if len(buffer) >= size else np.empty(size + size // 4, np.uint8)
-
-
-def qk_shapes(work: Work, layer: LayerInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes [positions, layers, heads, head_size] of a row's queries and keys."""
-    layers = len(work.traced.qk_slots)
-    queries, keys = work.queries[1], work.keys[1]
-    return (queries, layers, layer.num_heads, layer.head_size), (keys, layers, layer.num_kv_heads, layer.head_size)
 
 
 def _size(shape: Sequence[int]) -> int:

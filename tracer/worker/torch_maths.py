@@ -11,8 +11,8 @@ from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker.attention import row_features, summarise
 from tracer.worker.device import indices
 from tracer.worker.layers import Layer
-from tracer.worker.native_qk import keep_qk, qk_dtype
 from tracer.worker.pack import DTYPES
+from tracer.worker.places import keep_qk, qk_dtype
 from tracer.worker.rows import last_row_weights, past_keys, row_weights, worth_batching
 from tracer.worker.work import Step, Stored, Work
 
