@@ -196,6 +196,15 @@ def test_without_a_compiler_torch_does_the_work(
         native.load.__wrapped__()
 
 
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._built().parent.chmod(0o777)
+    with pytest.raises(NativeError, match="not this user's alone"):
+        native._built()
+
+
 def test_the_library_is_built_once_and_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = native._built()

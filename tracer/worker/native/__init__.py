@@ -11,6 +11,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -92,14 +93,22 @@ def _built() -> Path:
     compiler = _compiler()
     folder = config.cache_directory() / "kernels"
     path = folder / f"{_fingerprint(compiler)}.so"
-    if path.exists():
-        return path
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _build(compiler, path)
+        _require_private(folder)
+        if not path.exists():
+            _build(compiler, path)
+        _require_private(path)
     except OSError as error:
         raise NativeError(f"the C kernels cannot be built in {folder}: {error}") from error
     return path
+
+
+def _require_private(path: Path) -> None:
+    """What lies there is run: nobody else may write it."""
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NativeError(f"{path} is not this user's alone; remove it, or set XDG_CACHE_HOME to a private directory")
 
 
 def _compiler() -> list[str]:
