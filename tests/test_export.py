@@ -62,6 +62,21 @@ def test_records_of_two_processes_become_spans(settings: Settings, channels: Cal
     assert sorted(spans(settings)) == ["chat m", "prefill"]
 
 
+def test_steps_wait_for_the_start_of_their_generation(settings: Settings) -> None:
+    """After a crash of the exporter both rings hold something, and the worker may reach the new one first."""
+    api, worker = Channel(settings, "api", 1 << 20), Channel(settings, "worker", 1 << 20)
+    start, step, end = generation("b" * 15 + "2")
+    api._reconnecting = worker._reconnecting = True  # Nobody connects by himself.
+    assert all([api.send(start), api.send(end), worker.send(step)])
+    assert worker.connect()
+    assert worker.flush([], 0.3) is False, "nothing of a worker is read before an API process was heard"
+    assert api.connect()
+    assert api.flush([start.span_id], 30)
+    assert sorted(spans(settings)) == ["chat m", "prefill"]
+    worker.close()
+    api.close()
+
+
 def test_a_full_ring_refuses_and_counts(settings: Settings) -> None:
     channel = Channel(settings, "worker", 4096)  # Never connected: nobody reads.
     channel._reconnecting = True

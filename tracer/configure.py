@@ -46,6 +46,9 @@ TICK_SECONDS: Final = 0.1
 NAP_SECONDS: Final = 0.025
 """Pause after records have been read. A worker's records come at the end of a step, which is when the engine's
 scheduler needs a core most: waking up on each of them costs serving several percent where cores are few."""
+API_SECONDS: Final = 3.0
+"""How long a new process lets workers' records wait for the first API process. After a crash both connect again, in any
+order, and a step that is read before the start of its generation belongs to nobody."""
 NICENESS: Final = 5
 """Serving goes before writing when they want the same core; a full queue drops arrays and says so."""
 
@@ -106,6 +109,7 @@ class ExporterProcess:
         self._listener = _listen(path)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._stopping = False
+        self._heard, self._born = False, time.monotonic()
         self._worked = False
 
     def run(self) -> None:
@@ -137,7 +141,7 @@ class ExporterProcess:
             pause = NAP_SECONDS
         else:
             waiting = [ring.set_waiting(True) for ring in self._rings()]
-            pause = TICK_SECONDS if all(waiting) else 0.0
+            pause = TICK_SECONDS if all(waiting) or not self._heard else 0.0
         self._worked = False
         for key, _ in self._selector.select(pause):
             if key.fileobj is self._listener:
@@ -172,6 +176,7 @@ class ExporterProcess:
             self._leave(fd)
 
     def _leave(self, fd: int) -> None:
+        self._heard = True  # What it has sent is read now or never.
         self._drain()
         client = self._clients.pop(fd)
         self._selector.unregister(client.conn)
@@ -196,9 +201,18 @@ class ExporterProcess:
         for fd, client in list(self._clients.items()):
             if client.role == "api" and client.ring is not None:
                 self._read(fd, client, client.ring, client.ring.head)
+        if not self._announced():
+            return
         for fd, client in list(self._clients.items()):
             if client.role != "api" and client.ring is not None and fd in heads:
                 self._read(fd, client, client.ring, heads[fd])
+
+    def _announced(self) -> bool:
+        """True once an API process has been heard, or none is to be waited for any longer."""
+        if not self._heard:
+            said = any(client.role == "api" and client.ring is not None for client in self._clients.values())
+            self._heard = said or self._stopping or time.monotonic() > self._born + API_SECONDS
+        return self._heard
 
     def _read(self, fd: int, client: _Client, ring: Ring, until: int) -> None:
         while ring.head - ring.used < until and (frame := ring.read()) is not None:
