@@ -109,15 +109,33 @@ INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask
 INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
 INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float out = 0;
     for (int j = 0; j < LANES; j++) out += v[j];
     return out;
+#endif
 }
 
 INLINE float largest(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float out = v[0];
     for (int j = 1; j < LANES; j++) out = v[j] > out ? v[j] : out;
     return out;
+#endif
+}
+
+INLINE int any(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int out = 0;
+    for (int j = 0; j < LANES; j++) out |= mask[j];
+    return out;
+#endif
 }
 
 /* e^x for x <= 0, relative error about 1e-7: e^x = 2^n e^r with |r| <= log(2)/2 and a Taylor sum of degree 7. */
@@ -169,7 +187,7 @@ enum { FEATURES = 4, TOPS = 2 };
  * successive tokens are adjacent. */
 INLINE void score_tile(const void *keys, int dtype, int64_t per_dim, const float *query, int64_t size, float *out,
                        int64_t stride, int heads, int vectors) {
-    vf acc[4][4];
+    vf acc[4][8];
     for (int h = 0; h < heads; h++)
         for (int v = 0; v < vectors; v++) acc[h][v] = splat(0.0f);
     for (int64_t d = 0; d < size; d++) {
@@ -202,6 +220,11 @@ INLINE void score_tile(const void *keys, int dtype, int64_t per_dim, const float
 static void score_block(const char *keys, int dtype, int64_t per_dim, int64_t tokens, const float *query, int64_t size,
                         float *out, int64_t stride, int heads) {
     int64_t bytes = dtype == F32 ? 4 : 2;
+    /* As wide as the registers allow: the elements of one dim lie together, and read in order they are prefetched. */
+    while (tokens >= 8 * LANES && heads <= 3) {
+        BY_DTYPE(8)
+        keys += 8 * LANES * bytes, out += 8 * LANES, tokens -= 8 * LANES;
+    }
     while (tokens >= 4 * LANES) {
         BY_DTYPE(4)
         keys += 4 * LANES * bytes, out += 4 * LANES, tokens -= 4 * LANES;
@@ -223,7 +246,7 @@ static void gather_block(const Layer *layer, const char *block, float *tile) {
         }
 }
 
-/* Scaled scores become what the softmax sees. */
+/* Scores become what the softmax sees, for layers that do more than to scale them. */
 static void adjust(const Layer *layer, float *s, int64_t low, int64_t high, int64_t position, int64_t head) {
     for (int64_t j = low; j < high; j++) s[j] *= layer->scale;
     if (layer->soft_cap != 0.0f)
@@ -232,53 +255,55 @@ static void adjust(const Layer *layer, float *s, int64_t low, int64_t high, int6
         for (int64_t j = low; j < high; j++) s[j] += layer->slopes[head] * (float)(j - position);
 }
 
-/* Softmax of s[low ... high), whose memory goes on for LANES more values; s becomes the weights.
+static int64_t first_equal(const float *s, int64_t low, int64_t high, float value) {
+    int64_t j = low;
+    while (j < high && !any(*(const vf *)(s + j) == value)) j += LANES;
+    while (j < high && s[j] != value) j++;
+    return j < high ? j : -1;
+}
+
+/* Softmax of scale * s[low ... high), whose memory goes on for LANES more values; s becomes the weights, and so does
+ * out[at ... at + high), unless it is NULL.
  * features: entropy, sink mass, prompt mass, self weight; tops: largest weight outside position 0, its position. */
-static void softmax_row(const Layer *layer, float *s, int64_t low, int64_t high, int64_t prompt, int64_t head,
-                        float *features, float *tops) {
+static void softmax_row(const Layer *layer, float scale, float *s, int64_t low, int64_t high, int64_t prompt,
+                        int64_t head, float *features, float *tops, char *out, int64_t at, int dtype) {
     for (int64_t j = high; j < high + LANES; j++) s[j] = -INFINITY; /* whole vectors from here on */
     vf top = splat(-INFINITY);
-    for (int64_t j = low; j < high; j += LANES) top = larger(*(vf *)(s + j), top);
+    for (int64_t j = low; j < high; j += LANES) {
+        vf v = *(vf *)(s + j) * scale;
+        top = larger(v, top);
+        *(vf *)(s + j) = v;
+    }
     float most = largest(top), sink = layer->sinks ? layer->sinks[head] : -INFINITY;
     most = sink > most ? sink : most;
     vf total = splat(0.0f), moment = splat(0.0f);
     for (int64_t j = low; j < high; j += LANES) {
-        vf y = *(vf *)(s + j) - most;
-        y = larger(y, splat(-1e4f));
-        vf e = vexp(y);
+        vf y = larger(*(vf *)(s + j) - most, splat(-1e4f)), e = vexp(y);
         total += e, moment += e * y;
         *(vf *)(s + j) = e;
     }
     float keys = sum(total), z = keys + (layer->sinks ? expf(sink - most) : 0.0f), norm = 1.0f / z;
-    for (int64_t j = low; j < high; j += LANES) *(vf *)(s + j) *= norm;
-    for (int64_t j = high; j < high + LANES; j++) s[j] = 0.0f;
     float share = keys * norm, mass = 0.0f;
-    int64_t stop = prompt < high ? prompt : high, j = low;
-    vf part = splat(0.0f);
-    for (; j + LANES <= stop; j += LANES) part += *(vf *)(s + j);
-    for (mass = sum(part); j < stop; j++) mass += s[j];
+    int64_t stop = prompt < high ? prompt : high;
+    vf part = splat(0.0f), best = splat(0.0f);
+    for (int64_t j = low; j < high; j += LANES) {
+        vf w = *(vf *)(s + j) * norm, seen = w;
+        *(vf *)(s + j) = w;
+        if (j + LANES <= stop) part += w;
+        else for (int64_t i = j; i < stop; i++) mass += s[i];
+        if (j == 0) seen[0] = 0.0f;
+        best = larger(seen, best);
+        if (!out) continue;
+        if (j + LANES <= high) store(out, at + j, dtype, w);
+        else for (int64_t i = j; i < high; i++) store_one(out, at + i, dtype, s[i]);
+    }
+    if (out && low) memset(out + at * (dtype == F32 ? 4 : 2), 0, (size_t)low * (dtype == F32 ? 4 : 2));
     features[0] = logf(z) * share - sum(moment) * norm;
     features[1] = (low == 0 ? s[0] : 0.0f) + (1.0f - share > 0.0f ? 1.0f - share : 0.0f);
-    features[2] = mass;
+    features[2] = mass + sum(part);
     features[3] = s[high - 1];
-    float first = s[0];
-    if (low == 0) s[0] = 0.0f;
-    vf best = splat(0.0f);
-    for (j = low; j < high; j += LANES) best = larger(*(vf *)(s + j), best);
-    tops[0] = largest(best), tops[1] = -1.0f;
-    for (j = low; j < high && tops[0] > 0.0f; j++)
-        if (s[j] == tops[0]) {
-            tops[1] = (float)j;
-            break;
-        }
-    if (low == 0) s[0] = first;
-}
-
-static void write_row(const float *s, int64_t low, int64_t high, void *out, int64_t at, int dtype) {
-    memset((char *)out + at * (dtype == F32 ? 4 : 2), 0, (size_t)low * (dtype == F32 ? 4 : 2));
-    int64_t j = low;
-    for (; j + LANES <= high; j += LANES) store(out, at + j, dtype, *(const vf *)(s + j));
-    for (; j < high; j++) store_one(out, at + j, dtype, s[j]);
+    tops[0] = largest(best);
+    tops[1] = tops[0] > 0.0f ? (float)first_equal(s, low > 1 ? low : 1, high, tops[0]) : -1.0f;
 }
 
 /* All chosen query heads of one KV head of one row. scratch: 4 score rows of `stride`, 4 queries, one gathered block. */
@@ -316,9 +341,10 @@ static void attend_group(const Layer *layer, const Row *row, int64_t group, cons
         for (int h = 0; h < count; h++) {
             float *s = scratch + h * stride;
             int64_t head = row->heads[slots[h]];
-            adjust(layer, s, low, high, row->position, head);
-            softmax_row(layer, s, low, high, row->prompt, head, features + slots[h] * FEATURES, tops + slots[h] * TOPS);
-            if (out) write_row(s, low, high, out, slots[h] * high, (int)row->dtype);
+            int more = layer->soft_cap != 0.0f || layer->slopes;
+            if (more) adjust(layer, s, low, high, row->position, head);
+            softmax_row(layer, more ? 1.0f : layer->scale, s, low, high, row->prompt, head,
+                        features + slots[h] * FEATURES, tops + slots[h] * TOPS, out, slots[h] * high, (int)row->dtype);
         }
     }
 }
@@ -463,10 +489,7 @@ static void top_logits(const void *z, int dtype, int64_t vocab, int64_t k, float
     int64_t i = 0;
     for (; i + LANES <= vocab; i += LANES) {
         vf v = load(z, i, dtype);
-        vi above = v > best[k - 1];
-        int any = 0;
-        for (int j = 0; j < LANES; j++) any |= above[j];
-        if (any)
+        if (any(v > best[k - 1]))
             for (int j = 0; j < LANES; j++) insert(best, ids, k, v[j], (int32_t)(i + j));
     }
     for (; i < vocab; i++) insert(best, ids, k, load_one(z, i, dtype), (int32_t)i);
