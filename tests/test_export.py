@@ -67,6 +67,9 @@ def test_steps_wait_for_the_start_of_their_generation(settings: Settings) -> Non
     api, worker = Channel(settings, "api", 1 << 20), Channel(settings, "worker", 1 << 20)
     start, step, end = generation("b" * 15 + "2")
     api._reconnecting = worker._reconnecting = True  # Nobody connects by himself.
+    assert worker.send(INFO)
+    assert worker.ring.read() is not None  # By an exporter process that is gone.
+    worker.ring.release()
     assert all([api.send(start), api.send(end), worker.send(step)])
     assert worker.connect()
     assert worker.flush([], 0.3) is False, "nothing of a worker is read before an API process was heard"

@@ -47,8 +47,11 @@ NAP_SECONDS: Final = 0.025
 """Pause after records have been read. A worker's records come at the end of a step, which is when the engine's
 scheduler needs a core most: waking up on each of them costs serving several percent where cores are few."""
 API_SECONDS: Final = 3.0
-"""How long a new process lets workers' records wait for the first API process. After a crash both connect again, in any
-order, and a step that is read before the start of its generation belongs to nobody."""
+"""How long a new process lets the records of a worker that another one has read before wait for an API process.
+
+After a crash both connect again, in any order, and a step that is read before the start of its generation belongs to
+nobody.
+"""
 NICENESS: Final = 5
 """Serving goes before writing when they want the same core; a full queue drops arrays and says so."""
 
@@ -90,6 +93,8 @@ class _Client:
     conn: socket.socket
     ring: Ring | None = None
     role: str = ""
+    returning: bool = False
+    """Another exporter process has read from its ring before."""
     cpus: frozenset[int] = frozenset()
     """Cores that a worker has bound itself to."""
     flushes: list[FlushRecord] = field(default_factory=list)
@@ -141,7 +146,8 @@ class ExporterProcess:
             pause = NAP_SECONDS
         else:
             waiting = [ring.set_waiting(True) for ring in self._rings()]
-            pause = TICK_SECONDS if all(waiting) or not self._heard else 0.0
+            held = not self._heard and any(client.returning for client in self._clients.values())
+            pause = TICK_SECONDS if all(waiting) or held else 0.0
         self._worked = False
         for key, _ in self._selector.select(pause):
             if key.fileobj is self._listener:
@@ -170,6 +176,7 @@ class ExporterProcess:
             client.ring = Ring(fds[0])
             hello = json.loads(data.split(b"\n", 1)[0])
             client.role = hello["role"]
+            client.returning = client.ring.head > client.ring.used
             client.cpus = frozenset(hello.get("cpus", ()) if client.role == "worker" else ())
             self._keep_off()
         if not data:
@@ -201,10 +208,9 @@ class ExporterProcess:
         for fd, client in list(self._clients.items()):
             if client.role == "api" and client.ring is not None:
                 self._read(fd, client, client.ring, client.ring.head)
-        if not self._announced():
-            return
+        announced = self._announced()
         for fd, client in list(self._clients.items()):
-            if client.role != "api" and client.ring is not None and fd in heads:
+            if client.role != "api" and client.ring is not None and fd in heads and (announced or not client.returning):
                 self._read(fd, client, client.ring, heads[fd])
 
     def _announced(self) -> bool:
