@@ -102,6 +102,13 @@ def cases(
     return Case(layer, cache, table.to(torch.int32), works, query)
 
 
+def holding(works: list[Work]) -> Step:
+    """A step with these rows."""
+    step = Step(0)
+    step.hold(works)
+    return step
+
+
 def on_host(values: Any) -> np.ndarray:
     out: np.ndarray = values.numpy() if isinstance(values, torch.Tensor) else values
     return out
@@ -109,7 +116,7 @@ def on_host(values: Any) -> np.ndarray:
 
 def attend(maths: Any, case: Case) -> tuple[list[dict[str, np.ndarray]], list[records.AttentionSummary | None]]:
     works = [Work(work.row, work.traced) for work in case.works]
-    step = Step(0, works=works, rows=works)
+    step = holding(works)
     metadata = SimpleNamespace(block_table=case.table, causal=True)
     maths.attention(step, case.layer, works, case.query, case.cache, metadata)
     maths.copy(step)
@@ -122,7 +129,7 @@ def attend(maths: Any, case: Case) -> tuple[list[dict[str, np.ndarray]], list[re
 def collect(maths: Any, case: Case, spec: records.QKSpec, sent: int) -> list[dict[str, tuple[np.ndarray, Any]]]:
     request = records.TraceRequest("a" * 32, "b" * 16, True, records.CaptureSpec(qk=spec))
     works = [Work(work.row, Traced(request, {}, [], {0: 0}, keys_sent=sent)) for work in case.works]
-    step = Step(0, works=works, sources=works)
+    step = holding(works)
     maths.collect(step, case.layer, works, case.query, case.cache, SimpleNamespace(block_table=case.table, causal=True))
     maths.copy(step)
     maths.finish(step)
@@ -148,3 +155,13 @@ def check_rows(got: Any, said: Any, wanted: Any, expected: Any) -> None:
         assert mine.entropy == pytest.approx(reference.entropy, abs=1e-4)
         assert mine.sink_mass == pytest.approx(reference.sink_mass, abs=1e-4)
         assert mine.top_weight == pytest.approx(reference.top_weight, abs=1e-5)
+
+
+def check_blocks(got: Any, wanted: Any) -> None:
+    """Queries and keys of one kind of maths are those of the reference, bit for bit."""
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, (values, start) in theirs.items():
+            np.testing.assert_array_equal(ours[name][0], values)
+            assert ours[name][0].dtype == values.dtype
+            assert ours[name][1] == start

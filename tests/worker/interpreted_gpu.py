@@ -20,7 +20,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.worker.cases import TYPES, Case, attend, cases, check_rows, collect, make_layer, on_host, traced
+from tests.worker.cases import (
+    TYPES,
+    Case,
+    attend,
+    cases,
+    check_blocks,
+    check_rows,
+    collect,
+    holding,
+    make_layer,
+    on_host,
+    traced,
+)
 from tracer import records
 from tracer.statistics import logits_statistics, logits_summaries
 from tracer.worker import gpu_check, maths, triton_layer
@@ -118,12 +130,7 @@ def test_queries_and_keys_are_those_of_the_cache(case: Case, rows: Any, dtype: A
     case = replace(case, layer=replace(case.layer, info=info))
     spec = records.QKSpec(rows=rows, dtype=dtype)
     got = collect(gpu_maths([case.layer]), case, spec, sent)
-    for ours, theirs in zip(got, collect(TorchMaths(3), case, spec, sent), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, (values, start) in theirs.items():
-            np.testing.assert_array_equal(ours[name][0], values)
-            assert ours[name][0].dtype == values.dtype
-            assert ours[name][1] == start
+    check_blocks(got, collect(TorchMaths(3), case, spec, sent))
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,7 +146,7 @@ def test_logit_statistics_are_those_of_torch(
     spec = records.CaptureSpec(records.LogitsSpec(top=top, dtype=dtype))
     works = [Work(Row(f"r{i}", i + 1, i, 1, 5, 6, True), traced(spec, [], ()), i) for i in range(rows)]
     tokens = [seed % vocab, *[None if vocab == 7 else 3] * (rows - 1)]
-    step, gpu, kept = Step(0, works=works), gpu_maths([]), logits[1:].clone()
+    step, gpu, kept = holding(works), gpu_maths([]), logits[1:].clone()
     gpu.logits(step, works, logits)
     logits.zero_()  # what a sampler may do with its own tensor
     gpu.copy(step)
@@ -149,7 +156,7 @@ def test_logit_statistics_are_those_of_torch(
     for work, token in zip(works, tokens, strict=True):
         work.token = token
     gpu.finish(step)
-    reference, expected_step = TorchMaths(3), Step(0, works=[replace(work, arrays=[], logits=None) for work in works])
+    reference, expected_step = TorchMaths(3), holding([replace(work, arrays=[], logits=None) for work in works])
     expected_step.logits = kept.float()
     expected_step.statistics = logits_statistics(kept.float(), 3)
     reference.finish(expected_step)
@@ -176,7 +183,7 @@ def one_row(length: int) -> Work:
 
 def forward(gpu: Any, layer: Layer, work: Work, query: torch.Tensor, logits: torch.Tensor) -> Step:
     """A step as the model's thread runs it."""
-    step, table = Step(0, works=[work]), torch.tensor([[1, 2]], dtype=torch.int32)
+    step, table = holding([work]), torch.tensor([[1, 2]], dtype=torch.int32)
     metadata = SimpleNamespace(block_table=table, causal=True)
     with torch.inference_mode():
         gpu.attention(step, layer, [work], query, layer.module.kv_cache, metadata)
@@ -247,7 +254,7 @@ def test_memory_is_used_again() -> None:
 def test_results_that_were_never_copied_are_not_read() -> None:
     layer = layer_of(torch.randn(3, 1, 16, 16))
     gpu, work = gpu_maths([layer]), one_row(12)
-    step, metadata = Step(0, works=[work]), SimpleNamespace(block_table=torch.tensor([[1]], dtype=torch.int32))
+    step, metadata = holding([work]), SimpleNamespace(block_table=torch.tensor([[1]], dtype=torch.int32))
     gpu.attention(step, layer, [work], torch.randn(1, 2, 8), layer.module.kv_cache, metadata)
     with pytest.raises(GpuError, match="not copied"):
         gpu.finish(step)

@@ -14,7 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worker.cases import TYPES, Case, attend, cases, check_rows, collect, make_layer, traced
+from tests.worker.cases import (
+    TYPES,
+    Case,
+    attend,
+    cases,
+    check_blocks,
+    check_rows,
+    collect,
+    holding,
+    make_layer,
+    traced,
+)
 from tracer import records
 from tracer.rebuilt import rebuild_rows
 from tracer.statistics import logits_statistics, logits_summaries
@@ -27,7 +38,7 @@ from tracer.worker.maths import choose
 from tracer.worker.native import NativeError
 from tracer.worker.native_maths import NativeMaths
 from tracer.worker.torch_maths import TorchMaths
-from tracer.worker.work import Step, Work
+from tracer.worker.work import Work
 
 CPU = torch.device("cpu")
 WHOLE = records.CaptureSpec(None, records.AttentionSpec(dtype="f32"))
@@ -50,12 +61,7 @@ def test_queries_and_keys_are_those_of_the_cache(case: Case, rows: Any, dtype: A
     spec = records.QKSpec(rows=rows, dtype=dtype)
     got = collect(NativeMaths(native.load(), [case.layer], 3), case, spec, sent)
     wanted = collect(TorchMaths(3), case, spec, sent)
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, (values, start) in theirs.items():
-            np.testing.assert_array_equal(ours[name][0], values)
-            assert ours[name][0].dtype == values.dtype
-            assert ours[name][1] == start
+    check_blocks(got, wanted)
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,7 +116,7 @@ def test_logit_statistics_are_those_of_torch(name: str, rows: int, vocab: int, s
     works = [Work(Row(f"r{i}", i + 1, i, 1, 5, 6, True), traced(spec, [], ()), i) for i in range(rows)]
     tokens = [seed % vocab, *[None if vocab == 7 else 3] * (rows - 1)]
     maths, k = NativeMaths(native.load(), [], 3), 3
-    step = Step(0, works=works)
+    step = holding(works)
     before = logits.clone()
     maths.logits(step, works, logits)
     logits.zero_()  # what a sampler may do with its own tensor
@@ -137,7 +143,7 @@ def test_stored_halves_are_those_of_torch(name: str) -> None:
     logits = every.view(TYPES[name]) if name != "float32" else torch.randn(1 << 16) * torch.logspace(-9, 5, 1 << 16)
     logits = logits[torch.isfinite(logits.float())][None]
     work = Work(Row("r", 0, 0, 1, 5, 6, True), traced(records.CaptureSpec(records.LogitsSpec()), [], ()), 0)
-    step, maths = Step(0, works=[work]), NativeMaths(native.load(), [], 3)
+    step, maths = holding([work]), NativeMaths(native.load(), [], 3)
     maths.logits(step, [work], logits)
     maths.finish(step)
     [(_, stored, _)] = work.arrays

@@ -47,7 +47,8 @@ def check_layer(maths: Maths, layer: Layer) -> None:
     cache = torch.empty_strided(keys.shape, real.stride(), dtype=real.dtype, device=real.device)
     cache.copy_(keys)
     works = _works(index, info.num_heads)
-    step, metadata = Step(0, works=works), _Metadata(table.to(real.device))
+    step, metadata = Step(0), _Metadata(table.to(real.device))
+    step.hold(works)
     for action in (maths.attention, maths.collect):
         action(step, layer, works, query.to(real.device), cache, metadata)
     maths.copy(step)
@@ -86,7 +87,8 @@ def check_logits(maths: Maths, device: torch.device, topk: int) -> None:
     wanted = logits_summaries(rows, logits_statistics(rows, topk), tokens)
     for told in (True, False):
         works = [Work(Row(str(i), i + 1, i, 1, 1, 1, samples=True), Traced(request, {}, []), i) for i in range(2)]
-        step = Step(0, works=works)
+        step = Step(0)
+        step.hold(works)
         maths.logits(step, works, logits.to(device))
         maths.copy(step)
         if told:

@@ -100,8 +100,7 @@ class GpuMaths:
         buffers = self._buffers(step)
         plan = buffers.row_plan
         if plan is None:
-            wanting = [work for work in step.works if work.wants_row]
-            made = row_plan(wanting, self._count, self._width, buffers.rows, buffers.row_tables, self._device)
+            made = row_plan(step.rows, self._count, self._width, buffers.rows, buffers.row_tables, self._device)
             plan, buffers.rows, buffers.row_tables = made
             buffers.row_tables.upload()
             self._make_room(plan)
@@ -121,10 +120,9 @@ class GpuMaths:
         buffers, known = self._buffers(step), self._layers[layer.info.index]
         plan = buffers.pick_plan
         if plan is None:
-            wanting = [work for work in step.works if work.traced.qk_slots]
             f32 = known.dtype == torch.float32
             made = pick_plan(
-                wanting, layer.info, self._count, buffers.picks, buffers.pick_tables, self._device, f32=f32
+                step.sources, layer.info, self._count, buffers.picks, buffers.pick_tables, self._device, f32=f32
             )
             plan, buffers.picks, buffers.pick_tables = made
             buffers.pick_tables.upload()

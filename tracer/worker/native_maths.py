@@ -126,9 +126,8 @@ class NativeMaths:
         native.check(query, cache, table)
         plan = buffers.qk_plan
         if plan is None:
-            wanting = step.sources
             f32 = native.dtype == torch.float32
-            plan = buffers.qk_plan = qk_plan(wanting, layer.info, self._count, buffers.qk, engine_f32=f32)
+            plan = buffers.qk_plan = qk_plan(step.sources, layer.info, self._count, buffers.qk, engine_f32=f32)
             buffers.qk = plan.buffer
         places = addresses_of(*plan.addresses[:, layer.info.index])
         self._library.collect(

@@ -139,10 +139,7 @@ class StepTracer:
         if step.view is None:
             step.view = self._runner.view()
             rows = [row for row in step.view.rows if row.request_id in self._traced]
-            step.works = [Work(row, self._traced[row.request_id]) for row in rows]
-            step.rows = [work for work in step.works if work.wants_row]
-            step.sources = [work for work in step.works if work.traced.qk_slots]
-            step.prompts = [work for work in step.works if work.wants_prompt]
+            step.hold([Work(row, self._traced[row.request_id]) for row in rows])
         return step.works
 
     def _or_say(self, what: str, works: list[Work], action: Callable[..., None], *arguments: Any) -> None:

@@ -157,3 +157,10 @@ class Step:
     statistics: RowStatistics | None = None
     buffers: Any = None
     """What the step's `Maths` keeps for it."""
+
+    def hold(self, works: list[Work]) -> None:
+        """The batch is final: these are its traced rows, sorted once by what they want."""
+        self.works = works
+        self.rows = [work for work in works if work.wants_row]
+        self.sources = [work for work in works if work.traced.qk_slots]
+        self.prompts = [work for work in works if work.wants_prompt]

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from tracer import config
 
-__all__ = ["LayerStruct", "NativeError", "RowStruct", "load"]
+__all__ = ["LayerStruct", "NativeError", "load"]
 
 SOURCE: Final = Path(__file__).with_name("kernels.c")
 FLAGS: Final = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
@@ -44,17 +44,6 @@ class LayerStruct(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
-    )
-
-
-class RowStruct(ctypes.Structure):
-    """`Row` of kernels.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("query", "table", "position", "prompt")),
-        ("heads", ctypes.c_void_p),
-        ("head_count", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
     )
 
 
