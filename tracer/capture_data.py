@@ -6,7 +6,7 @@ that is still being written again to see more of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import pairwise
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tracer import config, remote, schema
 from tracer.capture_files import removed
-from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
+from tracer.capture_parts import Alternative, AttentionLayers, Step, Token, join_text
 from tracer.errors import CaptureNotFoundError, FormatError
 from tracer.rebuilt import RebuiltLayers
 from tracer.records import Region
@@ -109,12 +109,12 @@ class Capture:
     @property
     def text(self) -> str | None:
         """The output as text; None if the capture holds no token bytes."""
-        return _join(token for token in self.tokens if token.generated)
+        return join_text(token for token in self.tokens if token.generated)
 
     @property
     def prompt_text(self) -> str | None:
         """The prompt as text, chat template included; None if the capture holds no token bytes."""
-        return _join(token for token in self.tokens if not token.generated)
+        return join_text(token for token in self.tokens if not token.generated)
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -387,12 +387,6 @@ def _token(position: int, token: int, raw: bytes | None, region: str | None, ste
     if step is None:
         return Token(position, int(token), text, raw, region, False, None, NAN, NAN)
     return Token(position, int(token), text, raw, region, True, step.index, step.logprob, step.entropy)
-
-
-def _join(tokens: Iterator[Token]) -> str | None:
-    parts = [token.bytes for token in tokens]
-    known = [part for part in parts if part is not None]
-    return b"".join(known).decode(errors="replace") if len(known) == len(parts) else None
 
 
 def _logsumexp(row: Array) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-__all__ = ["Alternative", "AttentionLayers", "Step", "Token"]
+__all__ = ["Alternative", "AttentionLayers", "Step", "Token", "join_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +91,10 @@ class AttentionLayers(Mapping[int, xr.DataArray]):
         if self._array is None:
             return f"<no {self._name}: {self._reason}>"
         return f"<{self._name} of layers {list(self)}: {dict(self._array.sizes)} {self._array.dtype}>"
+
+
+def join_text(tokens: Iterator[Token]) -> str | None:
+    """The tokens' bytes as one text, so that split characters are whole; None if any is not known."""
+    parts = [token.bytes for token in tokens]
+    known = [part for part in parts if part is not None]
+    return b"".join(known).decode(errors="replace") if len(known) == len(parts) else None
