@@ -47,7 +47,6 @@ from tracer.records import (
     StepRecord,
 )
 from tracer.schema import ArrayLayout
-from tracer.store_files import CaptureName
 
 __all__ = ["OpenCapture"]
 
@@ -84,7 +83,8 @@ class OpenCapture:
         self._settings = settings
         self._budget = budget
         self._axes = attention_axes(self._spec.attention, engine) if self._spec.wants_attention else None
-        self._ledger = Ledger(schema.asked_arrays(self._spec), prompt_lengths(start))
+        self._lengths = prompt_lengths(start)
+        self._ledger = Ledger(schema.asked_arrays(self._spec), self._lengths)
         self._attributes = start_attributes(start, engine)
         self._rows: dict[str, StepRows] = {}
         self._prefill: PrefillMap | None = None
@@ -114,11 +114,6 @@ class OpenCapture:
         self._write_group(None)
         self._small.prompt()
 
-    @property
-    def name(self) -> CaptureName:
-        """Where in the store it is."""
-        return CaptureName(self._start.trace_id, self._start.span_id)
-
     def step(self, record: StepRecord, payload: memoryview) -> None:
         """Store what one step brought."""
         step, mark = record.step, self._ledger.mark()
@@ -138,20 +133,15 @@ class OpenCapture:
         blocks: list[PromptBlock] = []
         mark = self._ledger.mark()
         self._note_drops(record.dropped, None)
-        self._put_positions(record, payload)
         for item in record.arrays:
-            if item.name in prompt_lengths(self._start):
-                continue
             block = self._take(item, payload, None)
             if block is None:
                 continue
-            prefill = self._prefill_map()
-            slot, _, first, _ = item.start if len(item.start) == 4 else (-1, 0, 0, 0)
-            if prefill is None or not prefill.fits(slot, first, block):
+            fits = self._put_positions(item, block) if item.name in self._lengths else self._put_map(item, block)
+            if not fits:
                 self._ledger.drop(item.name, None, f"block {item.shape} at {item.start} does not fit the array")
-            else:
-                prefill.put(slot, first, block)
-                blocks += self._take_blocks(prefill)
+            elif self._prefill is not None:
+                blocks += self._take_blocks(self._prefill)
         self.journal.prompt(PromptEntry(blocks, self._ledger.since(mark)))
         self._show_queries()
 
@@ -224,26 +214,29 @@ class OpenCapture:
         self._ledger.stored(item.name, step)
         return RowEntry(rows.number, infinite, placed)
 
-    def _put_positions(self, record: ArrayRecord, payload: memoryview) -> None:
-        """Queries and keys [positions, layers, heads, head_size] of the prompt."""
-        for item in record.arrays:
-            if item.name not in prompt_lengths(self._start) or (block := self._take(item, payload, None)) is None:
-                continue
-            rows = self._rows.get(item.name) or self._new_rows(item.name, block.shape[1:])
-            first = item.start[0] if item.start else -1
-            if rows is None or rows.length is None or not 0 <= first <= rows.length - len(block):
-                self._ledger.drop(item.name, None, f"block {item.shape} at {item.start} does not fit the array")
-                continue
-            placed = [rows.put(first + place, row) for place, row in enumerate(block)]
-            self._count(sum(sum(at.sizes) for at, _ in placed))
-            for place in range(len(block)):
-                self._ledger.stored(item.name, first + place)
-            self.journal.steps(
-                [
-                    StepEntry(first + place, None, [RowEntry(rows.number, infinite, at)])
-                    for place, (at, infinite) in enumerate(placed)
-                ]
-            )
+    def _put_map(self, item: ArraySlice, block: Array) -> bool:
+        """Rows of the prompt's map [heads, rows, keys] of one layer; False if they are not part of it."""
+        prefill = self._prefill_map()
+        slot, _, first, _ = item.start if len(item.start) == 4 else (-1, 0, 0, 0)
+        if prefill is None or not prefill.fits(slot, first, block):
+            return False
+        prefill.put(slot, first, block)
+        return True
+
+    def _put_positions(self, item: ArraySlice, block: Array) -> bool:
+        """Queries or keys [positions, layers, heads, head_size] of the prompt; False if they are not part of it."""
+        rows = self._rows.get(item.name) or self._new_rows(item.name, block.shape[1:])
+        first = item.start[0] if item.start else -1
+        if rows is None or rows.length is None or not 0 <= first <= rows.length - len(block):
+            return False
+        entries = []
+        for position, row in enumerate(block, first):
+            placed, infinite = rows.put(position, row)
+            self._count(sum(placed.sizes))
+            self._ledger.stored(item.name, position)
+            entries.append(StepEntry(position, None, [RowEntry(rows.number, infinite, placed)]))
+        self.journal.steps(entries)
+        return True
 
     def _number(self, step: int, numbers: Numbers) -> None:
         self._numbers[step] = numbers
@@ -292,7 +285,7 @@ class OpenCapture:
         return rows
 
     def _add_rows(self, layout: ArrayLayout) -> StepRows:
-        length = prompt_lengths(self._start).get(layout.name)
+        length = self._lengths.get(layout.name)
         rows = StepRows(self.directory, layout, self._settings.codec, len(self._rows), length)
         self._rows[layout.name] = rows
         self._due = 0
