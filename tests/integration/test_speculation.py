@@ -31,11 +31,13 @@ if __name__ == "__main__":
     with capture("", store=store):
         llm = LLM(model, dtype="float32", skip_tokenizer_init=True, max_model_len=256, kv_cache_memory_bytes=1 << 26,
                   **options)
-    params = [SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=number)
-              for _, number in asks]
-    prompts = [{"prompt_token_ids": tokens} for tokens, _ in asks]
+    params = [SamplingParams(temperature=warmth, ignore_eos=True, detokenize=False, max_tokens=number)
+              for _, number, warmth in asks]
+    prompts = [{"prompt_token_ids": tokens} for tokens, _, _ in asks]
     with capture("logits;dtype=f32, attention;rows=all;dtype=f32, qk;rows=all", store=store) as run:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        # The sampled one alone: on the CPU engine greedy requests beside it are no longer greedy, traced or not.
+        outputs = llm.generate(prompts[:-1], params[:-1], use_tqdm=False)
+        outputs += llm.generate(prompts[-1:], params[-1:], use_tqdm=False)
     print("RESULT", json.dumps({"tokens": [list(o.outputs[0].token_ids) for o in outputs], "captures": run.locations}))
 """
 
@@ -84,7 +86,8 @@ def check(path: Path, cap: Capture, asked: list[int], tokens: list[int]) -> None
         prefill = np.asarray(cap.attention_prefill[layer])[..., :length]
         np.testing.assert_allclose(prefill, want.attention[layer][:, :length, :length], rtol=0, atol=1e-5)
     logits = np.asarray(cap.logits)
-    assert logits.argmax(axis=1).tolist() == tokens
+    chosen = [logits[step, token] - np.logaddexp.reduce(logits[step]) for step, token in enumerate(tokens)]
+    np.testing.assert_allclose([step.logprob for step in cap.steps], chosen, rtol=0, atol=1e-5)
     np.testing.assert_allclose(logits, want.logits[length - 1 : length - 1 + len(tokens)], rtol=0, atol=1e-3)
 
 
@@ -99,18 +102,19 @@ def test_accepted_rows_are_eagers_and_rejected_ones_are_nowhere(
     else:
         drafts["model"] = str(doubtful(path, models))
     # Chunked prefill, requests that end at different times, and one that stops in the middle of accepted drafts.
-    asks = [(prompt(70), NEW), ([7, 8, 9, 10] * 6, NEW), (prompt(40, 2), 13)]
+    asks = [(prompt(70), NEW, 0.0), ([7, 8, 9, 10] * 6, NEW, 0.0), (prompt(40, 2), 13, 0.0), (prompt(30, 3), NEW, 0.8)]
     options = {"speculative_config": drafts, "max_num_batched_tokens": 48, "enforce_eager": method == "ngram"}
     with offline(path) as (llm, _record):
-        plain = [generate(llm, [asked], number)[0] for asked, number in asks]
+        plain = [generate(llm, [asked], number)[0] for asked, number, _ in asks[:-1]]
     got = run_script(tmp_path / "script.py", SCRIPT, path, store, json.dumps(asks), json.dumps(options),
                      VLLM_ENABLE_V1_MULTIPROCESSING="0")  # fmt: skip
-    assert got["tokens"] == plain
+    assert got["tokens"][:-1] == plain
     verified: list[int] = []
     accepted: list[int] = []
-    for (asked, _), tokens, location in zip(asks, plain, got["captures"], strict=True):
+    for (asked, _, warmth), tokens, location in zip(asks, got["tokens"], got["captures"], strict=True):
         cap = open_capture(location)
         check(path, cap, asked, tokens)
+        assert warmth or np.asarray(cap.logits).argmax(axis=1).tolist() == tokens
         numbers, taken = drafted([span for span in spans_of(store, cap.trace_id) if span["name"] == "decode"])
         verified, accepted = verified + numbers, accepted + taken
     assert max(verified) > 1
