@@ -21,6 +21,7 @@ from tracer.worker.layers import describe_layers
 from tracer.worker.maths import choose
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
+from tracer.worker.shares import shared
 from tracer.worker.step import StepTracer
 
 __all__ = ["install"]
@@ -48,7 +49,8 @@ def install(worker: Any, settings: Settings) -> EngineInfo:
 def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
     config, runner = worker.vllm_config, worker.model_runner
     layers = describe_layers(config.compilation_config.static_forward_context, _no_attention(config))
-    info = _engine_info(worker, tuple(layer.info for layer in layers), None)
+    layers, whole = shared(layers, worker)
+    info = _engine_info(worker, whole, None)
     adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
     maths = choose(layers, worker.device, max(2, min(settings.topk, info.vocab_size)))
     info = replace(info, kernels=maths.name)
@@ -86,7 +88,11 @@ def _unavailable(worker: Any) -> str | None:
         (bool(missing), f"vLLM {compat.version()} lacks {', '.join(missing)}"),
         (config.speculative_config is not None, "speculative decoding is not supported by this release"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported by this release"),
-        (parallel.tensor_parallel_size > 1, "tensor parallelism is not supported by this release"),
+        (parallel.nnodes_within_dp > 1, "the engine's ranks are on several machines"),
+        (
+            parallel.world_size > 1 and parallel.distributed_executor_backend != "mp",
+            f"several ranks under the executor {parallel.distributed_executor_backend!r}, supported is 'mp'",
+        ),
         (parallel.prefill_context_parallel_size > 1, "context parallelism is not supported by this release"),
         (parallel.use_ubatching, "dual-batch overlap is not supported by this release"),
         (config.model_config.is_encoder_decoder, "encoder-decoder models are not supported by this release"),
@@ -131,6 +137,7 @@ def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None)
         layers=layers,
         rank=config.parallel_config.rank,
         world_size=config.parallel_config.world_size,
+        replica=config.parallel_config.data_parallel_index,
         block_size=config.cache_config.block_size,
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         logits_unsupported=reason,
