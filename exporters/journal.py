@@ -28,6 +28,7 @@ from tracer.schema import ArrayLayout
 __all__ = [
     "ARRAY",
     "FOLDER",
+    "PARTS",
     "PROMPT",
     "SETTINGS",
     "STEP",
@@ -48,16 +49,21 @@ SETTINGS: Final = 1
 ARRAY: Final = 2
 STEP: Final = 3
 PROMPT: Final = 4
+PARTS: Final = 5
+"""A step's record whose rows are parts of rows: what STEP has, with each row's part."""
 RECORD: Final = 32
 """Plus the kind in `tracer.wire`: a record as it came."""
 NUMBERS: Final = struct.Struct("<Q5q4dq")
 """The values of `STEP_NUMBERS`, in its order."""
 STEP_HEAD: Final = struct.Struct("<qBB")
 """Step (-1: none), 1 if numbers follow, number of rows."""
+MAX_ROWS: Final = 255
 ROW: Final = struct.Struct("<BIQH")
 """Array, infinite values, offset, chunks; then their sizes."""
+PART: Final = struct.Struct("<H")
+"""Before a row of PARTS: which of the row's parts."""
 BLOCK: Final = struct.Struct("<HIQQH")
-"""Layer slot, first query row, mask of rows, offset, chunks; then their sizes."""
+"""Strip (layer slot, or a part of one), first query row, mask of rows, offset, chunks; then their sizes."""
 COUNT: Final = struct.Struct("<I")
 NAME: Final = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})")
 
@@ -70,6 +76,8 @@ class RowEntry(NamedTuple):
     array: int
     overflow: int
     placed: Placed
+    part: int = 0
+    """Which part of the row, where several ranks bring them."""
 
 
 class StepEntry(NamedTuple):
@@ -80,35 +88,47 @@ class StepEntry(NamedTuple):
     rows: Sequence[RowEntry]
     drops: Sequence[Drop] = ()
 
+    @property
+    def kind(self) -> int:
+        """STEP, or PARTS if it takes that to say where the rows belong."""
+        return PARTS if any(row.part for row in self.rows) else STEP
+
     def pack(self) -> bytes:
-        """Content of a STEP record."""
+        """Content of a record of that kind."""
+        in_parts = self.kind == PARTS
         parts = [STEP_HEAD.pack(self.step, self.numbers is not None, len(self.rows))]
         if self.numbers is not None:
             parts.append(NUMBERS.pack(*self.numbers))
-        for array, overflow, (offset, sizes) in self.rows:
+        for array, overflow, (offset, sizes), part in self.rows:
+            if in_parts:
+                parts.append(PART.pack(part))
             parts.append(struct.pack(f"<BIQH{len(sizes)}I", array, overflow, offset, len(sizes), *sizes))
         if self.drops:
             parts.append(json.dumps(self.drops).encode())
         return b"".join(parts)
 
     @classmethod
-    def unpack(cls, data: bytes) -> StepEntry:
-        """The entry of a STEP record."""
+    def unpack(cls, data: bytes, kind: int = STEP) -> StepEntry:
+        """The entry of a record of that kind."""
         step, has_numbers, count = STEP_HEAD.unpack_from(data)
         at, numbers, rows = STEP_HEAD.size, None, []
         if has_numbers:
             numbers = NUMBERS.unpack_from(data, at)
             at += NUMBERS.size
         for _ in range(count):
+            part = 0
+            if kind == PARTS:
+                [part] = PART.unpack_from(data, at)
+                at += PART.size
             array, overflow, offset, chunks = ROW.unpack_from(data, at)
             sizes = struct.unpack_from(f"<{chunks}I", data, at + ROW.size)
             at += ROW.size + 4 * chunks
-            rows.append(RowEntry(array, overflow, Placed(offset, sizes)))
+            rows.append(RowEntry(array, overflow, Placed(offset, sizes), part))
         return cls(step, numbers, rows, _drops(data[at:]))
 
 
 class PromptBlock(NamedTuple):
-    """Rows of one layer's block of 64 query rows, in the chunks of its causal key blocks."""
+    """Rows of one strip's block of 64 query rows, in the chunks of its causal key blocks."""
 
     slot: int
     start: int
@@ -186,11 +206,13 @@ class Journal:
 
     def step(self, entry: StepEntry) -> None:
         """The rows of a step are written: after this it counts."""
-        self._write(_frame(STEP, entry.pack()))
+        rows = entry.rows
+        more = [StepEntry(entry.step, None, rows[at : at + MAX_ROWS]) for at in range(MAX_ROWS, len(rows), MAX_ROWS)]
+        self.steps([entry._replace(rows=rows[:MAX_ROWS]) if more else entry, *more])
 
     def steps(self, entries: Sequence[StepEntry]) -> None:
         """Like `step`, for several at once."""
-        self._write(b"".join([_frame(STEP, entry.pack()) for entry in entries]))
+        self._write(b"".join([_frame(entry.kind, entry.pack()) for entry in entries]))
 
     def prompt(self, entry: PromptEntry) -> None:
         """Blocks of the prompt's map are written."""
@@ -277,8 +299,8 @@ def entries(data: bytes) -> Iterator[tuple[int, Any]]:
 def _content(kind: int, data: bytes) -> Any:
     if kind > RECORD:
         return wire.decode(kind - RECORD, data)
-    if kind == STEP:
-        return StepEntry.unpack(data)
+    if kind in (STEP, PARTS):
+        return StepEntry.unpack(data, kind)
     return PromptEntry.unpack(data) if kind == PROMPT else json.loads(data)
 
 

@@ -30,6 +30,7 @@ from exporters.span_attributes import (
     request_failure,
     step_attributes,
 )
+from exporters.span_ranks import StepRanks
 from tracer import semconv
 from tracer.config import Settings
 from tracer.records import (
@@ -47,6 +48,8 @@ __all__ = ["OtelExporter"]
 
 WAITING: Final = 64
 """Step spans of one generation are passed on when so many have gathered ..."""
+PATIENT: Final = 256
+"""... or so many, where a rank is late ..."""
 HELD_BACK: Final = 8
 """... except the newest: async scheduling runs a step or two past the end, and they must never be seen."""
 MAX_REQUESTS: Final = 4096
@@ -61,8 +64,8 @@ class _Generation:
     start: GenerationStart
     context: SpanContext
     waiting: list[StepRecord] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
-    """Step span IDs, only where several workers report the same step."""
+    ranks: StepRanks | None = None
+    """Where several workers report the same step."""
     tally: Tally = field(default_factory=Tally)
 
 
@@ -88,7 +91,8 @@ class OtelExporter:
         self._span = partial(ReadableSpan, resource=_resource(), instrumentation_scope=scope)
         self._open: dict[str, _Generation] = {}
         self._families: OrderedDict[str, _Family] = OrderedDict()
-        self._several_workers = False
+        self._ranks = 1
+        """Tensor parallel ranks of each engine."""
 
     @property
     def dropped(self) -> int:
@@ -113,7 +117,7 @@ class OtelExporter:
             case WorkerEnd():
                 self._worker_end(record)
             case EngineInfo():
-                self._several_workers = self._several_workers or record.world_size > 1
+                self._ranks = record.world_size if record.rank == 0 else self._ranks
 
     def force_flush(self, timeout_s: float) -> bool:
         """Send the spans that are finished; False if that took longer than `timeout_s` or the collector failed."""
@@ -135,7 +139,9 @@ class OtelExporter:
     def _generation_start(self, record: GenerationStart) -> None:
         if not record.sampled:
             return
-        self._open[record.span_id] = _Generation(record, _context(record.trace_id, record.span_id))
+        several = self._ranks > 1 and record.capture is not None and record.capture.wants_layers
+        ranks = StepRanks(self._ranks) if several else None  # Else rank 0 alone reports.
+        self._open[record.span_id] = _Generation(record, _context(record.trace_id, record.span_id), ranks=ranks)
         if record.parent_span_id is not None:
             family = self._families.setdefault(record.parent_span_id, _Family())
             family.running += 1
@@ -145,16 +151,20 @@ class OtelExporter:
         item = self._open.get(record.span_id)
         if item is None or not record.sampled:
             return
-        if self._several_workers:
-            # Every rank reports the step under the same ID; the first one makes the span.
-            if record.step_span_id in item.seen:
-                item.tally.add(record.dropped)
-                return
-            item.seen.add(record.step_span_id)
-        item.waiting.append(record)
+        if item.ranks is None:
+            item.waiting.append(record)
+        elif (late := item.ranks.join(item.waiting, record)) is not None:
+            item.tally.add(late.dropped)
         if len(item.waiting) >= WAITING:
-            self._emit_steps(item, item.waiting[:-HELD_BACK], None)
-            del item.waiting[:-HELD_BACK]
+            self._pass_on(item)
+
+    def _pass_on(self, item: _Generation) -> None:
+        """Make spans of all but the newest steps; a step waits for every rank, up to a bound."""
+        count = len(item.waiting) - HELD_BACK
+        if item.ranks is not None and len(item.waiting) < PATIENT:
+            count = min(count, item.ranks.whole(item.waiting))
+        self._emit_steps(item, item.waiting[:count], None)
+        del item.waiting[:count]
 
     def _array(self, record: ArrayRecord) -> None:
         if (item := self._open.get(record.span_id)) is not None:
@@ -229,6 +239,8 @@ class OtelExporter:
 
     def _emit_steps(self, item: _Generation, steps: list[StepRecord], limit_ns: int | None) -> None:
         """Step spans inside the generation's times; `limit_ns` is its end where that is known."""
+        if item.ranks is not None:
+            steps = item.ranks.take(steps)
         room = max(self._max_steps - item.tally.steps, 0)
         item.tally.omitted += max(len(steps) - room, 0)
         for record in steps:

@@ -22,7 +22,7 @@ Where = dict[int, tuple[int, int]]
 
 @dataclass(slots=True)
 class _Pending:
-    """Rows of one layer's block of 64 query rows that have come so far."""
+    """Rows of one strip's block of 64 query rows that have come so far."""
 
     first: int
     """Absolute position of the block's first row."""
@@ -33,13 +33,19 @@ class _Pending:
 
 
 class PrefillMap:
-    """`attention_prefill`: blocks of one layer in any order and any division of its query rows; the last wins."""
+    """`attention_prefill`: blocks of one layer in any order and any division of its query rows; the last wins.
+
+    Where several ranks write, each layer is as many *strips* as a row has parts (`head_parts`): a strip is what one of
+    them brings of one layer, whole by itself. Else a layer is one strip.
+    """
 
     def __init__(self, directory: Path, layout: ArrayLayout, codec: str, prompt: int) -> None:
         self.layout = layout
         self.metadata: dict[str, Any] = {}
-        self.seen = np.zeros((layout.shard[0], prompt), dtype=np.bool_)
-        """bool [layer, query row]: rows received."""
+        self.parts = layout.grid[1]
+        """Strips of a layer."""
+        self.seen = np.zeros((layout.shard[0] * self.parts, prompt), dtype=np.bool_)
+        """bool [strip, query row]: rows received."""
         self._prompt = prompt
         self._directory = directory / layout.name
         self._codec_name = codec
@@ -58,17 +64,25 @@ class PrefillMap:
         make_directory(self._directory)
         self.publish(keys)
 
-    def fits(self, slot: int, first: int, block: Array) -> bool:
-        """True if `block` [heads, rows, keys] of layer `slot`, its rows from position `first`, lies in the map."""
+    def fits(self, slot: int, head: int, first: int, block: Array) -> bool:
+        """True if `block` [heads, rows, keys] of layer `slot`, from that head and row position on, lies in the map."""
         if block.ndim != 3:
             return False
         heads, rows, keys = block.shape
         stop = first + rows
         inside = 0 <= slot < self.layout.shard[0] and 0 <= first < stop <= self._prompt
-        return inside and 0 < heads <= self.layout.shard[1] and keys >= stop
+        size = self.layout.chunk[1]
+        whole = head == 0 if self.parts == 1 else head >= 0 and head % size == heads % size == 0
+        return inside and whole and 0 < heads <= self.layout.shard[1] - head and keys >= stop
 
-    def put(self, slot: int, first: int, block: Array) -> None:
+    def put(self, slot: int, head: int, first: int, block: Array) -> None:
         """Store rows `first` … of layer `slot`; a part of a block of 64 rows waits in memory for the rest."""
+        size = self.layout.chunk[1]
+        for at in range(0, block.shape[0], size):
+            self._put(slot * self.parts + (head + at) // size, first, block[at : at + size])
+
+    def _put(self, slot: int, first: int, block: Array) -> None:
+        """Rows of one strip; from here on a slot is a strip's."""
         stop = first + block.shape[1]
         for start in range(first // QUERY_BLOCK * QUERY_BLOCK, stop, QUERY_BLOCK):
             low, high = max(start, first), min(start + QUERY_BLOCK, stop)
@@ -149,7 +163,7 @@ class PrefillMap:
         if pending is None or pending.first != start:
             self._flush(slot)
             keys = round_up(start + QUERY_BLOCK, KEY_BLOCK)
-            shape = (self.layout.shard[1], QUERY_BLOCK, keys)
+            shape = (self.layout.chunk[1], QUERY_BLOCK, keys)
             pending = _Pending(start, np.zeros(shape, self._dtype), np.zeros(QUERY_BLOCK, np.bool_))
             self._pending[slot] = pending
         heads, count, keys = rows.shape
@@ -196,7 +210,7 @@ class PrefillMap:
         return self._scratch[:blocks]
 
     def _chunk(self, slot: int, start: int, block: int) -> int:
-        """Index of an inner chunk in its shard: C order over (layer, 1, query block, key block)."""
+        """Index of an inner chunk in its shard: C order over (layer, part, query block, key block)."""
         _, _, query_blocks, key_blocks = self.layout.grid
         return (slot * query_blocks + start % QUERY_SHARD // QUERY_BLOCK) * key_blocks + block
 

@@ -54,7 +54,7 @@ class _Replayed(OpenCapture):
             layout = self._layout(name, shape)
             assert layout is not None
             self._add_rows(replace(layout, chunk=chunk, shard=shard))
-        elif kind == journal.STEP:
+        elif kind in (journal.STEP, journal.PARTS):
             self._take_step(content)
         elif kind == journal.PROMPT:
             self._take_prompt(content)
@@ -63,10 +63,11 @@ class _Replayed(OpenCapture):
         self._take_drops(entry.drops)
         names = list(self._rows)
         for row in entry.rows:
-            self._rows[names[row.array]].restore(entry.step, row.placed, row.overflow)
-            self._ledger.stored(names[row.array], entry.step)
+            self._rows[names[row.array]].restore(entry.step, row.part, row.placed, row.overflow)
+            self._ledger.stored(names[row.array], entry.step, (row.part,))
         if entry.numbers is not None:
             self._number(entry.step, entry.numbers)
+            self._reach(entry.step, 0)
 
     def _take_prompt(self, entry: PromptEntry) -> None:
         self._take_drops(entry.drops)

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.head_parts import divided, first_head, head_parts, rank_count, whole_row
 from exporters.journal import Journal, PromptBlock, PromptEntry, RowEntry, StepEntry
 from exporters.ledger import EVERYTHING, NUMBERS, Ledger
 from exporters.payload import view_array
@@ -84,7 +85,8 @@ class OpenCapture:
         self._budget = budget
         self._axes = attention_axes(self._spec.attention, engine) if self._spec.wants_attention else None
         self._lengths = prompt_lengths(start)
-        self._ledger = Ledger(schema.asked_arrays(self._spec), self._lengths)
+        self._parts = head_parts(self._spec, engine, self._axes)
+        self._ledger = Ledger(schema.asked_arrays(self._spec), self._lengths, self._parts)
         self._attributes = start_attributes(start, engine)
         self._rows: dict[str, StepRows] = {}
         self._prefill: PrefillMap | None = None
@@ -92,10 +94,12 @@ class OpenCapture:
         self._numbers: dict[int, Numbers] = {}
         self._steps = 0
         """One past the highest step seen."""
+        self._reached = dict.fromkeys(range(rank_count(self._spec, engine)), 0)
+        """The same of each rank."""
         self._shown = 0
         """Rows that readers can see."""
         self._due = 0
-        """Steps that must have come before `_show` has something to do."""
+        """Steps that every rank must have brought before `_show` has something to do."""
         self._shown_queries = 0
         self._longest = 0
         """Keys of the longest row, once the last valid step is known."""
@@ -122,10 +126,13 @@ class OpenCapture:
             if record.dropped:
                 self.journal.step(StepEntry(-1, None, (), self._ledger.since(mark)))
             return
-        numbers = numbers_of(record)
-        rows = [row for item in record.arrays if (row := self._put(step, item, payload)) is not None]
-        self.journal.step(StepEntry(step, numbers, rows, self._ledger.since(mark)))
-        self._number(step, numbers)
+        numbers = numbers_of(record) if record.rank == 0 else None  # Of the step as a whole, rank 0 speaks.
+        rows = [row for item in record.arrays for row in self._put(step, item, payload)]
+        if rows or numbers or record.dropped:
+            self.journal.step(StepEntry(step, numbers, rows, self._ledger.since(mark)))
+        if numbers is not None:
+            self._number(step, numbers)
+        self._reach(step, record.rank)
         self._show()
 
     def prompt_rows(self, record: ArrayRecord, payload: memoryview) -> None:
@@ -201,48 +208,57 @@ class OpenCapture:
 
     # -- rows --------------------------------------------------------------------------------------------------
 
-    def _put(self, step: int, item: ArraySlice, payload: memoryview) -> RowEntry | None:
+    def _put(self, step: int, item: ArraySlice, payload: memoryview) -> list[RowEntry]:
         row = self._take(item, payload, step)
         if row is None:
-            return None
+            return []
         rows = self._rows.get(item.name) or self._new_rows(item.name, row.shape)
-        if rows is None or any(item.start) or not rows.fits(row):
+        head = first_head(item.start)
+        if rows is None or not rows.fits(row, head):
             self._ledger.drop(item.name, step, f"row {item.shape} at {item.start} does not fit the array")
-            return None
-        placed, infinite = rows.put(step, row)
-        self._count(sum(placed.sizes))
-        self._ledger.stored(item.name, step)
-        return RowEntry(rows.number, infinite, placed)
+            return []
+        return self._store(rows, step, row, head)
+
+    def _store(self, rows: StepRows, step: int, row: Array, head: int) -> list[RowEntry]:
+        """Write a row, or the heads of it that have come, and count it."""
+        put = rows.put(step, row, head)
+        self._count(sum([sum(placed.sizes) for _, placed, _ in put]))
+        self._ledger.stored(rows.layout.name, step, [part for part, _, _ in put])
+        return [RowEntry(rows.number, infinite, placed, part) for part, placed, infinite in put]
 
     def _put_map(self, item: ArraySlice, block: Array) -> bool:
         """Rows of the prompt's map [heads, rows, keys] of one layer; False if they are not part of it."""
         prefill = self._prefill_map()
-        slot, _, first, _ = item.start if len(item.start) == 4 else (-1, 0, 0, 0)
-        if prefill is None or not prefill.fits(slot, first, block):
+        slot, head, first, _ = item.start if len(item.start) == 4 else (-1, 0, 0, 0)
+        if prefill is None or not prefill.fits(slot, head, first, block):
             return False
-        prefill.put(slot, first, block)
+        prefill.put(slot, head, first, block)
         return True
 
     def _put_positions(self, item: ArraySlice, block: Array) -> bool:
         """Queries or keys [positions, layers, heads, head_size] of the prompt; False if they are not part of it."""
         rows = self._rows.get(item.name) or self._new_rows(item.name, block.shape[1:])
-        first = item.start[0] if item.start else -1
-        if rows is None or rows.length is None or not 0 <= first <= rows.length - len(block):
+        first, head = (item.start[0], first_head(item.start[1:])) if item.start else (-1, -1)
+        inside = rows is not None and rows.length is not None and 0 <= first <= rows.length - len(block)
+        if rows is None or not inside or not len(block) or not rows.fits(block[0], head):
             return False
-        entries = []
-        for position, row in enumerate(block, first):
-            placed, infinite = rows.put(position, row)
-            self._count(sum(placed.sizes))
-            self._ledger.stored(item.name, position)
-            entries.append(StepEntry(position, None, [RowEntry(rows.number, infinite, placed)]))
+        entries = [
+            StepEntry(position, None, self._store(rows, position, row, head))
+            for position, row in enumerate(block, first)
+        ]
         self.journal.steps(entries)
         return True
 
     def _number(self, step: int, numbers: Numbers) -> None:
         self._numbers[step] = numbers
         self._ledger.stored(NUMBERS, step)
-        if step >= self._steps:
-            self._steps = step + 1
+
+    def _reach(self, step: int, rank: int) -> None:
+        """That rank has brought what it has of a step."""
+        self._steps = max(self._steps, step + 1)
+        reached = self._reached.get(rank, 0)
+        if step >= reached:
+            self._reached[rank] = step + 1
         else:  # It came late, into a shard that has been finished.
             self._due = 0
 
@@ -275,6 +291,7 @@ class OpenCapture:
 
     def _new_rows(self, name: str, shape: Shape) -> StepRows | None:
         """Create the array at its first row; None if the capture did not ask for it or the row cannot be one."""
+        shape = whole_row(shape, self._parts.get(name, ()))
         layout = self._layout(name, shape)
         if layout is None:
             return None
@@ -292,7 +309,8 @@ class OpenCapture:
         return rows
 
     def _layout(self, name: str, shape: Shape) -> ArrayLayout | None:
-        return row_layout(name, shape, self._start, self._engine, self._axes)
+        layout = row_layout(name, shape, self._start, self._engine, self._axes)
+        return None if layout is None else divided(layout, self._parts.get(name, ()))
 
     def _prefill_map(self) -> PrefillMap | None:
         if self._prefill is None and (prefill := self._prompt_array()) is not None:
@@ -306,6 +324,7 @@ class OpenCapture:
         layout = prompt_layout(self._start, self._axes)
         if layout is None:
             return None
+        layout = divided(layout, self._parts.get(layout.name, ()))
         return PrefillMap(self.directory, layout, self._settings.codec, self._start.prompt_tokens)
 
     def _take_blocks(self, prefill: PrefillMap) -> list[PromptBlock]:
@@ -325,9 +344,10 @@ class OpenCapture:
     def _show(self) -> None:
         """Publish the steps that every array has in finished shards."""
         stepwise = [rows for rows in self._rows.values() if rows.length is None]
-        if not stepwise or self._steps < self._due:
+        whole = min(self._reached.values())
+        if not stepwise or whole < self._due:
             return
-        ready = min([rows.settle(self._steps) for rows in stepwise])
+        ready = min([rows.settle(whole) for rows in stepwise])
         if ready > self._shown:
             self._shown = ready
             for rows in self._rows.values():
@@ -368,7 +388,7 @@ class OpenCapture:
             self._ledger.drop(name, step, cause)
 
     def _prompt_seen(self) -> NDArray[np.bool_] | None:
-        """bool [layer, prompt row] received; None unless the prompt's map was asked for."""
+        """bool [strip, prompt row] received; None unless the prompt's map was asked for."""
         if self._spec.attention is None or self._spec.attention.rows != "all":
             return None
         if self._prefill is not None:

@@ -26,6 +26,7 @@ from exporters.zarr_capture import OpenCapture
 from tracer import schema
 from tracer.config import Settings
 from tracer.errors import StoreError
+from tracer.ranks import whole_engines
 from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationStart, Record, StepRecord
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class ZarrExporter:
         self._store = StoreFront(settings)
         self._root = self._store.root
         self._engine: EngineInfo | None = None
+        """What the engines can do, of any replica: they serve one model."""
+        self._workers: dict[tuple[int, int], EngineInfo] = {}
+        """What each rank of each replica has said last."""
         self._open: dict[str, OpenCapture] = {}
         self._unfinished: dict[str, str | None] = {}
         """Captures that could not be closed, by their journals: why their writer gave them up, if that is known."""
@@ -73,8 +77,8 @@ class ZarrExporter:
         if not self._looked:
             self.recover()
         if isinstance(record, EngineInfo):
-            if record.rank == 0 or self._engine is None:
-                self._engine = record
+            self._workers[record.replica, record.rank] = record
+            self._engine = whole_engines(self._workers.values())[0]
             return
         if not isinstance(record, StepRecord | ArrayRecord | GenerationStart | GenerationEnd):
             return

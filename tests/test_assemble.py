@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tracer.assemble import LATE_SECONDS, UNSEEN_SECONDS, Assembler
-from tracer.records import GenerationEnd, GenerationStart, Record, StepRecord, WorkerEnd
+from tracer.records import CaptureSpec, EngineInfo, GenerationEnd, GenerationStart, Record, StepRecord, WorkerEnd
 
 TRACE, SPAN = "a" * 32, "b" * 16
 API, WORKER, OTHER_WORKER = 1, 2, 3
@@ -129,3 +131,22 @@ def test_closing_ends_everything(scene: Scene) -> None:
     scene.say(API, START)
     scene.assembler.close()
     assert isinstance(scene.out[-1], GenerationEnd)
+
+
+def test_a_rank_that_has_sent_nothing_yet_is_waited_for_where_layers_are_captured(scene: Scene) -> None:
+    captured = replace(START, capture=CaptureSpec(summary=True))
+    done = replace(END, output_tokens=1)
+    for rank in (0, 1):
+        scene.say(WORKER + rank, EngineInfo("m", "0", "V1", "cpu", "float32", 1, 1, rank=rank, world_size=2))
+    scene.say(API, captured, done)
+    scene.say(WORKER, step(0))
+    assert scene.assembler.is_open(SPAN)
+    scene.say(OTHER_WORKER, replace(step(0), rank=1))
+    assert scene.out[-1] == done
+    scene.say(API, captured, done)
+    scene.say(WORKER, step(0))
+    scene.wait(LATE_SECONDS + 1)
+    assert scene.out[-1] == done, "a rank that never speaks delays the end by no more than that"
+    scene.say(API, START, done)
+    scene.say(WORKER, step(0))
+    assert scene.out[-1] == done, "of other generations rank 0 alone reports"

@@ -215,7 +215,7 @@ def test_what_the_model_lacks_is_the_requests_fault_and_what_we_lack_is_not() ->
     with pytest.raises(CaptureUnavailableError, match="self-test failed; see tensorspan doctor"):
         check("attention", replace(ENGINE, attention_unsupported="unavailable: self-test failed"))
     with pytest.raises(CaptureUnavailableError, match="runner V2"):
-        check("logits", ENGINE, replace(ENGINE, rank=1, logits_unsupported="unavailable: runner V2"))
+        check("logits", ENGINE, replace(ENGINE, replica=1, logits_unsupported="unavailable: runner V2"))
     with pytest.raises(CaptureUnavailableError, match="layer 0: read-back differs"):
         check("attention=(0)", replace(ENGINE, layers=(layer(0, "unavailable: read-back differs"),)))
 
@@ -230,8 +230,9 @@ def test_no_layer_and_no_worker() -> None:
 
 
 def test_a_layer_that_one_rank_cannot_capture_is_refused() -> None:
+    ranks = (replace(ENGINE, world_size=2), replace(ENGINE, rank=1, world_size=2, layers=(layer(1, "odd rank"),)))
     with pytest.raises(CaptureRequestError, match="odd rank"):
-        check("attention=(1)", ENGINE, replace(ENGINE, rank=1, layers=(layer(1, "odd rank"),)))
+        check("attention=(1)", *ranks)
 
 
 # IDs

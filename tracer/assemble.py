@@ -40,10 +40,18 @@ class _Open:
     source: int
     workers: dict[int, int] = field(default_factory=dict)
     """Connections that have sent something and no end yet, each with its newest step (-1 before the first)."""
-    seen: bool = False
+    ranks: int = 1
+    """Workers that have to send something."""
+    heard: set[int] = field(default_factory=set)
+    """Connections that have sent something, or are gone."""
     last_step: int = -1
     end: GenerationEnd | None = None
     end_at: float = 0.0
+
+    @property
+    def seen(self) -> bool:
+        """True if any worker has sent something."""
+        return bool(self.heard)
 
     @property
     def settled(self) -> bool:
@@ -52,7 +60,7 @@ class _Open:
         A worker that has sent the last step the client got owes nothing, even if it has not said so yet: an idle
         engine tells its workers of a finished request only with the next step. A surplus step may still follow.
         """
-        if self.end is None or not self.seen:
+        if self.end is None or len(self.heard) < self.ranks:
             return False
         needed = self.end.output_tokens - 1 if self.end.status == "ok" else sys.maxsize
         return all(newest >= needed for newest in self.workers.values())
@@ -65,6 +73,8 @@ class Assembler:
         self._emit = emit
         self._clock = clock
         self._open: dict[str, _Open] = {}
+        self._ranks = 1
+        """Tensor parallel ranks of each engine."""
         self.orphans = 0
         """Records of generations that were never announced or had already ended."""
 
@@ -72,7 +82,9 @@ class Assembler:
         """One record from connection `source`."""
         match record:
             case GenerationStart():
-                self._open[record.span_id] = _Open(record, source)
+                # Where layers are looked at, every rank sends its heads; else rank 0 speaks for all.
+                several = record.capture is not None and record.capture.wants_layers
+                self._open[record.span_id] = _Open(record, source, ranks=self._ranks if several else 1)
                 self._emit(record, payload)
             case StepRecord() | ArrayRecord():
                 self._from_worker(source, record, payload)
@@ -80,7 +92,10 @@ class Assembler:
                 self._worker_end(source, record)
             case GenerationEnd():
                 self._generation_end(record)
-            case RequestSpan() | EngineInfo():
+            case EngineInfo():
+                self._ranks = record.world_size if record.rank == 0 else self._ranks
+                self._emit(record, payload)
+            case RequestSpan():
                 self._emit(record, payload)
             case _:
                 self.orphans += 1
@@ -116,7 +131,7 @@ class Assembler:
         if item is None:
             self.orphans += 1
             return
-        item.seen = True
+        item.heard.add(source)
         newest = record.step if isinstance(record, StepRecord) and record.step is not None else -1
         item.workers[source] = max(item.workers.get(source, -1), newest)
         item.last_step = max(item.last_step, newest)
@@ -128,7 +143,7 @@ class Assembler:
         if item is None:
             return
         self._emit(record, NOTHING)
-        item.seen = True
+        item.heard.add(source)
         item.workers.pop(source, None)
         self._settle(record.span_id)
 

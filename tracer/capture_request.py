@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, Final, NoReturn, cast
 
 from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError
+from tracer.ranks import UNAVAILABLE, whole_engines
 from tracer.records import ArrayDtype, AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, QKSpec
 
 __all__ = ["MAX_TEXT", "check_capture", "format_capture", "parse_capture"]
@@ -21,8 +22,6 @@ MAX_TEXT: Final = 4096
 """Bytes of a request's text."""
 MAX_INDEX: Final = 1023
 """Largest head index that is read at all: a range is expanded before the model's heads are known."""
-UNAVAILABLE: Final = "unavailable:"
-"""Starts a reason that is ours (a failed self-test, an unsupported set-up) and not the model's."""
 
 _PARAMETERS: Final = {
     "logits": ("top", "dtype"),
@@ -78,10 +77,11 @@ def format_capture(spec: CaptureSpec) -> str:
 
 
 def check_capture(spec: CaptureSpec, engines: Sequence[EngineInfo]) -> None:
-    """Refuse what these engines cannot give, before anything is generated.
+    """Refuse what the engines of these workers cannot give, before anything is generated.
 
     Raises CaptureRequestError if the model lacks it, CaptureUnavailableError if this server cannot capture it.
     """
+    engines = whole_engines(engines)
     if not engines:
         raise CaptureUnavailableError("no worker has reported what it can capture; see tensorspan doctor")
     if spec.logits is not None:
@@ -216,7 +216,7 @@ def _check_top(logits: LogitsSpec, engines: Sequence[EngineInfo]) -> None:
 
 
 def _layers(engines: Sequence[EngineInfo]) -> dict[int, LayerInfo]:
-    """Every layer by index; one that any rank cannot capture counts as unsupported."""
+    """Every layer by index; one that any engine cannot capture counts as unsupported."""
     out: dict[int, LayerInfo] = {}
     for layer in (layer for engine in engines for layer in engine.layers):
         if layer.index not in out or layer.unsupported is not None:

@@ -52,6 +52,8 @@ API_SECONDS: Final = 3.0
 After a crash both connect again, in any order, and a step that is read before the start of its generation belongs to
 nobody.
 """
+LEARNT: Final = -1
+"""Stands for the connection of facts that came in no ring."""
 NICENESS: Final = 5
 """Serving goes before writing when they want the same core; a full queue drops arrays and says so."""
 
@@ -134,7 +136,7 @@ class ExporterProcess:
     def learn(self, engines: Sequence[EngineInfo]) -> None:
         """Facts of workers that were there before this process; their greeting may not fit into a full ring."""
         for info in engines:
-            self._emit(info, memoryview(b""))
+            self._assembler.take(LEARNT, info)
 
     def stop(self, *_: object) -> None:
         """Signal handler: leave the loop at the next turn."""

@@ -283,16 +283,22 @@ def find_servers(directory: Path) -> tuple[Server, ...]:
     for stem, engines in groups.items():
         pid = int(head) if (head := stem.partition("-")[0]).isdigit() else 0
         if _runs(pid):
-            engines.sort(key=lambda engine: engine.get("rank", 0))
-            servers.append(Server(pid, len(engines), engines[0], _unsupported(engines[0])))
+            engines.sort(key=lambda engine: (engine.get("replica", 0), engine.get("rank", 0)))
+            reasons = [reason for engine in engines if (reason := engine.get("attention_unsupported"))]
+            engine = engines[0] | {"attention_unsupported": next(iter(reasons), None)}
+            servers.append(Server(pid, len(engines), engine, _unsupported(engines)))
     return tuple(servers)
 
 
-def _unsupported(engine: dict[str, Any]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for layer in engine.get("layers", ()):
+def _unsupported(engines: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Each layer that any worker refuses, once, by the first reason."""
+    refused: dict[str, str] = {}
+    for layer in (layer for engine in engines for layer in engine.get("layers", ())):
         if layer.get("unsupported"):
-            reasons.setdefault(layer["unsupported"], []).append(layer["name"])
+            refused.setdefault(layer["name"], layer["unsupported"])
+    reasons: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        reasons.setdefault(reason, []).append(name)
     return reasons
 
 

@@ -239,24 +239,24 @@ def _held(lock: Path) -> bool:
 
 def publish_engine(settings: Settings, info: EngineInfo) -> None:
     """Leave this worker's facts beside the socket, where the API process and `doctor` read them."""
-    path = _engine_path(settings, info.rank)
+    path = _engine_path(settings, info)
     path.with_suffix(".tmp").write_bytes(wire.encode_json(info))
     path.with_suffix(".tmp").replace(path)
 
 
 def engine_infos(settings: Settings) -> tuple[EngineInfo, ...]:
-    """Facts of every worker that has reported, by rank; empty before the first has loaded its model."""
+    """Facts of every worker that has reported, by replica and rank; empty before the first has loaded its model."""
     if not settings.socket:
         return ()
     path = Path(settings.socket)
     files = sorted(path.parent.glob(f"{path.stem}.engine-*.json"))
     infos = [wire.decode_json(file.read_bytes(), EngineInfo) for file in files]
-    return tuple(sorted(infos, key=lambda info: info.rank))
+    return tuple(sorted(infos, key=lambda info: (info.replica, info.rank)))
 
 
-def _engine_path(settings: Settings, rank: int) -> Path:
+def _engine_path(settings: Settings, info: EngineInfo) -> Path:
     path = Path(settings.socket)
-    return path.with_name(f"{path.stem}.engine-{rank}.json")
+    return path.with_name(f"{path.stem}.engine-{info.replica}-{info.rank}.json")
 
 
 def _open_socket(path: Path) -> socket.socket | None:

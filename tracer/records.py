@@ -115,6 +115,7 @@ class LayerInfo:
     num_heads: int
     """Query heads of the whole model, not of this rank."""
     num_kv_heads: int
+    """Likewise."""
     head_size: int
     scale: float
     sliding_window: int | None = None
@@ -123,9 +124,9 @@ class LayerInfo:
     alibi: bool = False
     sinks: bool = False
     alibi_slopes: tuple[float, ...] = ()
-    """One per query head, if `alibi`."""
+    """One per query head, if `alibi`; in a worker's own EngineInfo those of its rank."""
     sink_logits: tuple[float, ...] = ()
-    """One per query head, if `sinks`."""
+    """One per query head, if `sinks`; likewise."""
     backend: str = ""
     unsupported: str | None = None
     """Why this layer cannot be captured; None if it can."""
@@ -146,7 +147,11 @@ class EngineInfo:
     max_model_len: int
     layers: tuple[LayerInfo, ...] = ()
     rank: int = 0
+    """Tensor parallel rank: which of its engine's workers this is."""
     world_size: int = 1
+    """Workers of its engine."""
+    replica: int = 0
+    """Data parallel rank: which of its server's engines. Each serves generations of its own."""
     block_size: int = 0
     prefix_caching: bool = False
     kernels: str = "torch"
@@ -197,6 +202,8 @@ class AttentionSummary:
     top_weight: float
     top_layer: int
     top_head: int
+    pairs: int = 1
+    """Pairs of layer and head that the means are over: their weight beside those of other ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +242,8 @@ class StepRecord:
     """Keys visible to the last row before any window."""
     start_ns: int
     end_ns: int
+    rank: int = 0
+    """Tensor parallel rank of the worker. Rank 0 speaks for all but the other ranks' heads."""
     sampled: bool = True
     batch_requests: int = 1
     batch_tokens: int = 1

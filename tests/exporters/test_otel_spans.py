@@ -289,8 +289,8 @@ def test_losses_reach_the_generation_span(collector: GrpcCollector) -> None:
 
 def test_ranks_of_one_engine_give_one_span_per_step(collector: GrpcCollector) -> None:
     info = EngineInfo("SmolLM2", "0.32.0", "V1", "cpu", "bfloat16", 49152, 8192, world_size=2)
-    ranks: list[Record] = [one for i in range(100) for one in (step(i), step(i, logits=None))]
-    records: list[Record] = [info, start(), *ranks, end(100)]
+    ranks: list[Record] = [one for i in range(100) for one in (step(i), step(i, rank=1, logits=None))]
+    records: list[Record] = [info, start(capture=CaptureSpec(summary=True)), *ranks, end(100)]
     send(OtelExporter(Settings()), records)
     collector.spans(101)
 

@@ -26,6 +26,7 @@ __all__ = [
     "missing_names",
     "no_graph_mode",
     "output_processor_class",
+    "qkv_linear_class",
     "version",
     "worker_wrapper_class",
 ]
@@ -166,6 +167,11 @@ def output_processor_class() -> Any:
 def attention_class() -> Any:
     """`Attention`: the plain decoder layer; its subclasses mean something else and are refused."""
     return importlib.import_module("vllm.model_executor.layers.attention").Attention
+
+
+def qkv_linear_class() -> Any:
+    """`QKVParallelLinear`: knows how the heads of a layer are dealt out to tensor parallel ranks."""
+    return importlib.import_module("vllm.model_executor.layers.linear").QKVParallelLinear
 
 
 def attention_type(impl: Any) -> str:

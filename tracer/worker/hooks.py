@@ -21,6 +21,7 @@ from tracer.worker.layers import describe_layers
 from tracer.worker.maths import choose
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
+from tracer.worker.shares import shared
 from tracer.worker.step import StepTracer
 
 __all__ = ["install"]
@@ -48,7 +49,8 @@ def install(worker: Any, settings: Settings) -> EngineInfo:
 def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
     config, runner = worker.vllm_config, worker.model_runner
     layers = describe_layers(_own_layers(config, runner), _no_attention(config))
-    info = _engine_info(worker, tuple(layer.info for layer in layers), None)
+    layers, whole = shared(layers, worker)
+    info = _engine_info(worker, whole, None)
     adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
     maths = choose(layers, worker.device, max(2, min(settings.topk, info.vocab_size)))
     info = replace(info, kernels=maths.name)
@@ -92,7 +94,16 @@ def _unavailable(worker: Any) -> str | None:
     checks = (
         (bool(missing), f"vLLM {compat.version()} lacks {', '.join(missing)}"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported by this release"),
-        (parallel.tensor_parallel_size > 1, "tensor parallelism is not supported by this release"),
+        (parallel.nnodes_within_dp > 1, "the engine's ranks are on several machines"),
+        (
+            parallel.world_size > 1 and parallel.distributed_executor_backend != "mp",
+            f"several ranks under the executor {parallel.distributed_executor_backend!r}, supported is 'mp'",
+        ),
+        (
+            _unheard_drafts(config),
+            "of several ranks under asynchronous scheduling only the first hears which draft tokens were accepted; "
+            "use --no-async-scheduling",
+        ),
         (parallel.prefill_context_parallel_size > 1, "context parallelism is not supported by this release"),
         (parallel.use_ubatching, "dual-batch overlap is not supported by this release"),
         (config.model_config.is_encoder_decoder, "encoder-decoder models are not supported by this release"),
@@ -102,6 +113,11 @@ def _unavailable(worker: Any) -> str | None:
     if reason is None and worker.use_v2_model_runner:
         reason = refusal(runner)
     return None if reason is None else f"unavailable: {reason}"
+
+
+def _unheard_drafts(config: Any) -> bool:
+    several = config.parallel_config.tensor_parallel_size > 1
+    return several and config.speculative_config is not None and bool(config.scheduler_config.async_scheduling)
 
 
 def _missing(runner: Any, *, v2: bool) -> list[str]:
@@ -137,6 +153,7 @@ def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None)
         layers=layers,
         rank=config.parallel_config.rank,
         world_size=config.parallel_config.world_size,
+        replica=config.parallel_config.data_parallel_index,
         block_size=config.cache_config.block_size,
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         logits_unsupported=reason,

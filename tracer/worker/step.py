@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -25,6 +27,7 @@ from tracer.worker.layers import Layer
 from tracer.worker.maths import Maths
 from tracer.worker.pack import DTYPES, pack
 from tracer.worker.rows import past_keys, row_weights
+from tracer.worker.shares import own_heads, takes_part
 from tracer.worker.work import Step, Traced, Work
 
 __all__ = ["StepTracer"]
@@ -66,13 +69,13 @@ class StepTracer:
                 self._traced[request_id].attempt += 1
             scheduled = [self._traced[name] for name in plan.scheduled & self._traced.keys()]
             self._wants_attention = any(traced.slots or traced.qk_slots for traced in scheduled)
-            self._runner.demote(self._wants_attention)
+            self._runner.demote(any(traced.watched for traced in scheduled))
             self._step = Step(wall_clock_ns()) if scheduled else None
         return self._step is not None
 
     def _arrive(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
         request = from_extra_args(extra_args)
-        if request is None:
+        if request is None or not takes_part(self._info, request.capture):
             return
         known = self._traced.get(request_id)
         if known is not None:  # Runner V2 sees a preempted request as a new one.
@@ -88,7 +91,8 @@ class StepTracer:
         spec = capture.attention or AttentionSpec()
         slots = self._slots(spec.layers) if capture.wants_attention else {}
         qk_slots = self._slots(capture.qk.layers) if capture.qk is not None else {}
-        return Traced(request, slots, list(spec.heads or range(self._info.num_heads)), qk_slots)
+        heads, own = own_heads(self._info, spec.heads, next(iter(qk_slots), None))
+        return Traced(request, slots if heads else {}, heads, qk_slots, own, watched=bool(slots or qk_slots))
 
     def _slots(self, layers: tuple[int, ...] | None) -> dict[int, int]:
         """Layer index → place on the stored axis, without layers that cannot be captured."""
@@ -166,7 +170,7 @@ class StepTracer:
             weights = row_weights(layer, part, keys[:, :stop], torch.arange(start, stop, device=keys.device))
             chosen = [head for head in traced.heads if head < weights.shape[0]]
             block = weights[indices(chosen, weights.device)].to(DTYPES[traced.attention.dtype])
-            where = (traced.slots[layer.info.index], 0, start, 0)
+            where = (traced.slots[layer.info.index], traced.own.slot, start, 0)
             arrays, payload = pack([("attention_prefill", block, where)])
             record = ArrayRecord(traced.request.trace_id, traced.request.span_id, traced.attempt, arrays)
             if not self._channel.send(record, payload):
@@ -191,7 +195,7 @@ class StepTracer:
 
     def _logits(self, step: Step, logits: torch.Tensor | None) -> None:
         sampling = [work for work in step.works if work.row.samples]
-        if logits is None or not sampling:
+        if logits is None or not sampling or self._info.rank:  # Where ranks gather logits, all have them: one stores.
             return
         for place, work in enumerate(sampling):
             work.logits_row = place
@@ -213,6 +217,9 @@ class StepTracer:
         if not hasattr(output, "get_output"):
             self._complete(step, output)
             return output
+        if self._info.rank:  # vLLM fetches the output of rank 0 alone; the others store nothing that needs tokens.
+            self._aside.submit(self._complete, step, None)
+            return output
         fetch = output.get_output
 
         def get_output() -> Any:
@@ -223,10 +230,17 @@ class StepTracer:
         output.get_output = get_output
         return output
 
+    @cached_property
+    def _aside(self) -> ThreadPoolExecutor:
+        """One thread that waits for the device where the step must not."""
+        device = torch.device(self._info.device)
+        choose_device = torch.cuda.set_device if device.type == "cuda" else bool
+        return ThreadPoolExecutor(1, "tensorspan-finish", choose_device, (device,))
+
     def _complete(self, step: Step, output: Any) -> None:
         with self._guard("records"), torch.no_grad():
             end_ns = wall_clock_ns()
-            sampled = dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
+            sampled = {} if output is None else dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
             for work in step.works:
                 work.take(sampled.get(work.row.request_id) or (), settled=step.settled)
             with self._guard("summaries"):

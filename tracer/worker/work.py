@@ -14,10 +14,24 @@ from tracer.records import AttentionSpec, AttentionSummary, LogitsSummary, QKSpe
 from tracer.statistics import RowStatistics
 from tracer.worker.batch import Row, StepView
 
-__all__ = ["Step", "Stored", "Traced", "Work"]
+__all__ = ["Own", "Step", "Stored", "Traced", "Work"]
 
 Stored = tuple[str, NDArray[Any] | torch.Tensor, tuple[int, ...]]
 """Name, values and start of an array to be stored, see `records.ArraySlice`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Which of a request's heads are this rank's, and where they go in the capture."""
+
+    rank: int = 0
+    ranks: int = 1
+    first_head: int = 0
+    """Query heads of the model before this rank's: its own count from 0 in everything that it computes."""
+    slot: int = 0
+    """Stored heads before this rank's, on the axis of attention rows and summaries."""
+    first_key: int | None = 0
+    """KV heads of the model before this rank's; None if another rank stores those."""
 
 
 @dataclass(slots=True)
@@ -28,8 +42,12 @@ class Traced:
     slots: dict[int, int]
     """Layer index → place on the stored layer axis; empty without attention."""
     heads: list[int]
+    """Query heads to store, as this rank counts them."""
     qk_slots: dict[int, int] = field(default_factory=dict)
     """Likewise for queries and keys."""
+    own: Own = Own()
+    watched: bool = False
+    """Some rank looks at layers for this request: then all ranks keep its steps off FULL CUDA graphs."""
     keys_sent: int = 0
     """Keys 0 … that the store has been given."""
     attempt: int = 1
