@@ -11,6 +11,7 @@ import torch
 from tracer.worker.layers import Layer
 from tracer.worker.native import NativeError, load
 from tracer.worker.native_maths import NativeMaths
+from tracer.worker.self_check import CheckError
 from tracer.worker.torch_maths import TorchMaths
 from tracer.worker.work import Step, Work
 
@@ -63,7 +64,7 @@ def choose(layers: Sequence[Layer], device: torch.device, topk: int) -> Maths:
     try:
         with torch.no_grad():
             return NativeMaths(load(), layers, topk)
-    except NativeError as error:
+    except (NativeError, CheckError) as error:
         LOG.warning("tensorspan: attention is computed by torch, which is slower: %s", error)
         return TorchMaths(topk)
 

@@ -41,9 +41,8 @@ class LayerStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("dtype", "heads", "kv_heads", "head_size", "block_size")),
         *((name, ctypes.c_int64) for name in ("block_stride", "head_stride", "first", "per_token", "per_dim")),
         *((name, ctypes.c_void_p) for name in ("offsets", "slopes", "sinks")),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("soft_cap", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("window", "query_dtype")),
+        *((name, ctypes.c_float) for name in ("scale", "soft_cap", "key_scale")),
     )
 
 
