@@ -133,7 +133,7 @@ def cases(
         chosen = draw(st.sampled_from([list(range(heads)), [heads - 1], [0, heads + 1]]))
         attention = draw(st.sampled_from([records.AttentionSpec(dtype=dtype_name), None]))
         spec = records.CaptureSpec(None, attention, summary=True)
-        tokens = draw(st.integers(1, min(3, length)))
+        tokens = draw(st.integers(1, min(40, length)))
         row = Row(f"r{index}", index, first, tokens, length - tokens, draw(st.integers(1, length)), samples=True)
         works.append(Work(row, traced(spec, chosen)))
         first += tokens + draw(st.integers(0, 1))  # also rows of requests that nobody traces

@@ -272,7 +272,7 @@ def test_results_that_were_never_copied_are_not_read() -> None:
     assert work.traced.problems == ["step: its results were not copied to the host"]
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_row_of_what_are_no_numbers_is_none(bad: float, window: int | None) -> None:
@@ -290,7 +290,7 @@ def test_a_row_of_what_are_no_numbers_is_none(bad: float, window: int | None) ->
     assert (said.top_position, said.top_layer) == (expected.top_position, expected.top_layer)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_every_byte_of_a_cache_is_the_number_that_torch_says(dtype: torch.dtype) -> None:
     cache = torch.zeros(2, 1, 32, 16, dtype=torch.uint8)

@@ -10,7 +10,7 @@ Unproven on a GPU: the kernels are compiled for several and run by Triton's inte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -34,7 +34,7 @@ from tracer.worker.gpu_logits import (
 from tracer.worker.gpu_plan import PickPlan, RowPlan, pick_plan, row_plan
 from tracer.worker.layers import Layer
 from tracer.worker.places import keep_qk
-from tracer.worker.rows import require_causal
+from tracer.worker.rows import prompt_blocks, require_causal
 from tracer.worker.self_check import check_layer, check_logits, distinct
 from tracer.worker.triton_layer import TYPES, GpuError, TritonLayer, as_results
 from tracer.worker.work import Step, Work
@@ -135,6 +135,12 @@ class GpuMaths:
         )
         for work in works:
             work.qk_seen += 1
+
+    def prompt(
+        self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """See `maths.Maths`: torch on the device, whose results are waited for."""
+        return prompt_blocks(layer, work, query, cache, metadata)
 
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """See `maths.Maths`: the copy keeps the engine's own precision."""

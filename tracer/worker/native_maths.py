@@ -6,7 +6,7 @@ The weights are written once, in the precision they are stored in, and copied on
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from tracer.worker.layers import Layer
 from tracer.worker.native_layer import CODES, NativeLayer, address_of, addresses_of
 from tracer.worker.native_qk import QKPlan, at_least, qk_plan
 from tracer.worker.places import STORED, aligned, keep_qk, row_bytes
-from tracer.worker.rows import require_causal
+from tracer.worker.rows import prompt_parts, require_causal
 from tracer.worker.self_check import check_layer, check_logits, distinct
 from tracer.worker.work import Step, Work
 
@@ -99,6 +99,7 @@ class NativeMaths:
         self._threads = int(library.threads())
         self._scratch = np.empty(0, np.float32)
         self._scratch_at = self._per_thread = self._stride = 0
+        self._maps, self._map_scratch = np.empty(0, np.uint8), np.empty(0, np.float32)
         self._pool: list[_Buffers] = []
         for layer in distinct(usable):
             check_layer(self, layer, TOLERANCE)
@@ -138,6 +139,35 @@ class NativeMaths:
         )  # fmt: skip
         for work in works:
             work.qk_seen += 1
+
+    def prompt(
+        self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """See `maths.Maths`: the blocks are parts of one buffer."""
+        require_causal(metadata)
+        native, table, row, traced = self._layers[layer.info.index], metadata.block_table, work.row, work.traced
+        native.check(query, cache, table)
+        assert traced.attention is not None
+        code, dtype = STORED[traced.attention.dtype]
+        heads = np.array([head for head in traced.heads if head < layer.info.num_heads], np.int64)
+        parts = list(prompt_parts(row))
+        most = max((stop - start) * stop for start, stop in parts) if parts else 0
+        self._maps = at_least(self._maps, len(heads) * most * int(dtype.itemsize))
+        struct = native.struct
+        stride = -(-(row.position + 1 + native.margin) // STRIDE) * STRIDE
+        each = self._library.prompt_floats(stride, struct.head_size, struct.block_size)
+        if len(self._map_scratch) < self._threads * each:
+            self._map_scratch = np.empty(self._threads * each, np.float32)
+        for start, stop in parts:
+            block = _carve(self._maps, 0, dtype, (len(heads), stop - start, stop))
+            first = row.first + start - row.computed
+            facts = np.array([first, 0, start, row.prompt_tokens, address_of(heads), len(heads), code], np.int64)
+            self._library.attend_prompt(
+                native.address, address_of(facts), stop - start, stop, address_of(block), query.data_ptr(),
+                query.stride(0), query.stride(1), cache.data_ptr(), table[row.index].data_ptr(),
+                address_of(self._map_scratch), stride,
+            )  # fmt: skip
+            yield start, block
 
     def _attend(self, layer: Layer, plan: _Plan, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor) -> None:
         native = self._layers[layer.info.index]

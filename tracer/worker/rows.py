@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -11,8 +11,22 @@ from tracer.worker.attention import attention_last_rows, attention_rows
 from tracer.worker.batch import Row
 from tracer.worker.device import indices
 from tracer.worker.layers import Layer
+from tracer.worker.pack import DTYPES
+from tracer.worker.work import Work
 
-__all__ = ["last_row_weights", "past_keys", "plain_query", "require_causal", "row_weights", "worth_batching"]
+__all__ = [
+    "last_row_weights",
+    "past_keys",
+    "plain_query",
+    "prompt_blocks",
+    "prompt_parts",
+    "require_causal",
+    "row_weights",
+    "worth_batching",
+]
+
+PROMPT_ROWS: Final = 256
+"""Query rows per record of the prompt's map: bounds a record's size."""
 
 MAX_PADDING: Final = 2
 """How many times the keys that are needed a batch may read."""
@@ -52,6 +66,27 @@ def past_keys(layer: Layer, row: Row, kv_cache: torch.Tensor, metadata: Any) -> 
     count = -(-length // layer.keys.block_size)
     blocks = metadata.block_table[row.index, :count].to(torch.int64)
     return layer.keys.read(kv_cache, blocks)[:, :length]
+
+
+def prompt_parts(row: Row) -> Iterator[tuple[int, int]]:
+    """Positions [start, stop) of the prompt's rows that this step computes, a record's worth at a time."""
+    end = min(row.position + 1, row.prompt_tokens)
+    for start in range(row.computed, end, PROMPT_ROWS):
+        yield start, min(start + PROMPT_ROWS, end)
+
+
+def prompt_blocks(
+    layer: Layer, work: Work, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """See `maths.Maths.prompt`."""
+    row, traced = work.row, work.traced
+    assert traced.attention is not None
+    keys = past_keys(layer, row, kv_cache, metadata)
+    for start, stop in prompt_parts(row):
+        part = query[row.first + start - row.computed : row.first + stop - row.computed]
+        weights = row_weights(layer, part, keys[:, :stop], torch.arange(start, stop, device=keys.device))
+        chosen = [head for head in traced.heads if head < weights.shape[0]]
+        yield start, weights[indices(chosen, weights.device)].to(DTYPES[traced.attention.dtype])
 
 
 def worth_batching(rows: Sequence[Row]) -> bool:

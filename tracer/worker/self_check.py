@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tracer.records import AttentionSpec, CaptureSpec, LogitsSpec, QKSpec, TraceRequest
 from tracer.statistics import logits_statistics, logits_summaries
-from tracer.worker.attention import attention_rows, row_features
+from tracer.worker.attention import LayerMath, attention_rows, row_features
 from tracer.worker.batch import Row
 from tracer.worker.layers import Layer
 from tracer.worker.rows import plain_query
@@ -79,40 +79,50 @@ def check_layer(maths: Maths, layer: Layer, tolerance: float) -> None:
 
     tolerance: largest difference of a weight.
     """
-    real, info, lengths = layer.module.kv_cache, layer.info, checked_lengths(layer)
-    stored, query, table = _random(layer, lengths)
-    cache = torch.empty_strided(stored.shape, real.stride(), dtype=real.dtype, device=real.device)
-    cache.copy_(stored)
-    works = _works(info.index, info.num_heads, lengths)
-    step, metadata = Step(0), _Metadata(table.to(real.device))
+    real, info = layer.module.kv_cache, layer.info
+    case = _random(layer, checked_lengths(layer))
+    cache = torch.empty_strided(case.cache.shape, real.stride(), dtype=real.dtype, device=real.device)
+    cache.copy_(case.cache)
+    works = _works(info.index, info.num_heads, checked_lengths(layer))
+    step, metadata, query = Step(0), _Metadata(case.table.to(real.device)), case.query.to(real.device)
     step.hold(works)
     for action in (maths.attention, maths.collect):
-        action(step, layer, works, query.to(real.device), cache, metadata)
+        action(step, layer, works, query, cache, metadata)
     maths.copy(step)
     maths.finish(step)
     for place, work in enumerate(works):
-        _check_row(layer, work, query[place : place + 1], stored, table[place], tolerance)
+        _check_row(case, place, work, tolerance)
     maths.release(step)
+    if real.device.type == "cpu":  # Elsewhere a prompt's map is torch's own.
+        _check_prompt(case, works[-1], maths.prompt(layer, _prompt(works[-1]), query, cache, metadata), tolerance)
 
 
-def _check_row(
-    layer: Layer, work: Work, query: torch.Tensor, stored: torch.Tensor, table: torch.Tensor, tolerance: float
-) -> None:
-    """One row [1, heads, head_size] of `check_layer`, its keys read through `table` [blocks]."""
-    assert layer.math is not None
-    assert layer.keys is not None
-    length, where = work.row.position + 1, f"layer {layer.info.name}"
-    # On the CPU: there torch multiplies in float32, whatever a GPU has been told about TF32.
-    layout = replace(layer.keys, offsets=layer.keys.offsets.cpu())
-    read = layout.read(stored, table[: -(-length // layout.block_size)].to(torch.int64))[:, :length]
-    plain = replace(layer.math, alibi_slopes=_cpu(layer.math.alibi_slopes), sinks=_cpu(layer.math.sinks))
-    numbers = plain_query(layer, query).float()
-    weights = attention_rows(numbers, read, torch.tensor([length - 1]), plain)[:, 0]
+def _prompt(work: Work) -> Work:
+    """All queries of a case as the last rows of the prompt of its longest row."""
+    row, rows = work.row, min(work.row.index + 1, work.row.position + 1)
+    return Work(replace(row, first=0, tokens=rows, computed=row.position + 1 - rows), work.traced)
+
+
+def _check_prompt(case: _Case, work: Work, found: Iterator[tuple[int, Any]], tolerance: float) -> None:
+    """Rows of the prompt's map, in one block."""
+    for start, block in found:
+        rows = work.row.position + 1 - start
+        numbers, read = case.numbers(slice(0, rows)), case.keys(work.row.index, work.row.position + 1)
+        weights = attention_rows(numbers, read, torch.arange(start, work.row.position + 1), case.plain)
+        _compare(case.where, "rows of a prompt", np.asarray(block), weights, tolerance)
+
+
+def _check_row(case: _Case, place: int, work: Work, tolerance: float) -> None:
+    """One row of `check_layer`."""
+    length, where = work.row.position + 1, case.where
+    window = case.plain.sliding_window or length
+    read, numbers = case.keys(place, length), case.numbers(slice(place, place + 1))
+    weights = attention_rows(numbers, read, torch.tensor([length - 1]), case.plain)[:, 0]
     found: dict[str, Any] = {name: values for name, values, _ in work.arrays + work.blocks}
     _compare(where, "weights", found["attention"][0], weights, tolerance)
     _compare(where, "features", found["attention_summary"][0], row_features(weights, length), FEATURE_TOLERANCE)
     _compare(where, "queries", found["query"], numbers, 0.0)
-    first = max(length - (layer.math.sliding_window or length), 0)
+    first = max(length - window, 0)
     keys = found["key"]  # Of one layer; the prompt's other positions come before it.
     if length > 1:
         keys = np.concatenate([found["key_prompt"][:, 0], keys])
@@ -147,8 +157,34 @@ def check_logits(maths: Maths, device: torch.device, topk: int) -> None:
         maths.release(step)
 
 
-def _random(layer: Layer, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """On the host: a cache, queries [rows, heads, head_size] and a block table, each row in an order of its own."""
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What a layer is checked on, all of it on the host: there torch multiplies in float32, whatever a GPU was told."""
+
+    layer: Layer
+    plain: LayerMath
+    cache: torch.Tensor
+    query: torch.Tensor
+    """[rows, heads, head_size]"""
+    table: torch.Tensor
+    """[rows, blocks], each row in an order of its own."""
+
+    @property
+    def where(self) -> str:
+        return f"layer {self.layer.info.name}"
+
+    def keys(self, place: int, length: int) -> torch.Tensor:
+        """Keys of one row, [kv_heads, length, head_size]."""
+        assert self.layer.keys is not None
+        layout = replace(self.layer.keys, offsets=self.layer.keys.offsets.cpu())
+        return layout.read(self.cache, self.table[place, : -(-length // layout.block_size)].to(torch.int64))[:, :length]
+
+    def numbers(self, rows: slice) -> torch.Tensor:
+        """Queries as numbers, float32."""
+        return plain_query(self.layer, self.query[rows]).float()
+
+
+def _random(layer: Layer, lengths: Sequence[int]) -> _Case:
     assert layer.math is not None
     assert layer.keys is not None
     real, info, quantised = layer.module.kv_cache, layer.info, layer.keys.quantised
@@ -160,9 +196,9 @@ def _random(layer: Layer, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.T
     order = torch.randperm(blocks, generator=generator).to(torch.int32)
     table = torch.stack([order.roll(place) for place in range(len(lengths))])
     stored = keys.to(real.dtype) if quantised is None else quantised.encode(keys * quantised.scale)
-    if layer.query is not None:
-        return stored, layer.query.encode(query).view(layer.query.dtype), table
-    return stored, query.to(layer.query_dtype), table
+    asked = layer.query.encode(query).view(layer.query.dtype) if layer.query else query.to(layer.query_dtype)
+    plain = replace(layer.math, alibi_slopes=_cpu(layer.math.alibi_slopes), sinks=_cpu(layer.math.sinks))
+    return _Case(layer, plain, stored, asked, table)
 
 
 def _works(index: int, heads: int, lengths: Sequence[int]) -> list[Work]:

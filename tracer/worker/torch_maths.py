@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tracer.worker.device import indices
 from tracer.worker.layers import Layer
 from tracer.worker.pack import DTYPES
 from tracer.worker.places import keep_qk, qk_dtype
-from tracer.worker.rows import last_row_weights, past_keys, plain_query, row_weights, worth_batching
+from tracer.worker.rows import last_row_weights, past_keys, plain_query, prompt_blocks, row_weights, worth_batching
 from tracer.worker.work import Step, Stored, Work
 
 __all__ = ["TorchMaths"]
@@ -37,6 +37,12 @@ class TorchMaths:
             rows = [_last_row(layer, work, query, cache, metadata) for work in works]
         for work, weights in zip(works, rows, strict=True):
             _keep(work, layer.info.index, weights)
+
+    def prompt(
+        self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """See `maths.Maths`."""
+        return prompt_blocks(layer, work, query, cache, metadata)
 
     def collect(
         self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any

@@ -50,8 +50,10 @@ _PTR: Final = ctypes.c_void_p
 _INT: Final = ctypes.c_int64
 SIGNATURES: Final[dict[str, tuple[Sequence[Any], Any]]] = {
     "scratch_floats": ((_INT, _INT, _INT), _INT),
+    "prompt_floats": ((_INT, _INT, _INT), _INT),
     "threads": ((), _INT),
     "attend": ((_PTR, _PTR, _INT, _PTR, _PTR, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT, _PTR, _INT), None),
+    "attend_prompt": ((_PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _PTR, _INT), None),
     "collect": ((_PTR, _PTR, _INT, _PTR, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT), None),
     "summarise": ((_PTR, _PTR, _INT, _PTR), None),
     "logits": ((_PTR, _INT, _INT, _INT, _INT, _INT, _PTR, _PTR, _PTR, _PTR, _PTR), None),

@@ -342,47 +342,66 @@ static void softmax_row(const Layer *layer, float scale, float *s, int64_t low, 
     tops[1] = tops[0] > 0.0f ? (float)first_equal(s, low > 1 ? low : 1, high, tops[0]) : -1.0f;
 }
 
+enum { AT_ONCE = 4, TOGETHER = 16 }; /* queries that score_block takes, and rows of a prompt that share a block */
+
+/* Scores of `count` queries of one KV head against keys low ... high of one request, query i's at scores + i * stride.
+ * tile: room for one block. */
+static void score_range(const Layer *layer, int64_t group, const char *cache, const int32_t *table, int64_t low,
+                        int64_t high, const float *queries, int count, float *scores, int64_t stride, float *tile) {
+    int64_t size = layer->head_size, bytes = bytes_of(layer->dtype);
+    int64_t adjacent = !layer->offsets && layer->per_token == 1;
+    for (int64_t b = low / layer->block_size; b * layer->block_size < high; b++) {
+        const char *block = cache + ((int64_t)table[b] * layer->block_stride + group * layer->head_stride) * bytes;
+        int64_t start = b * layer->block_size, left = high - start, per_dim = layer->block_size;
+        int64_t tokens = left < layer->block_size ? (left + LANES - 1) / LANES * LANES : layer->block_size;
+        const char *keys = (char *)tile;
+        int dtype = F32;
+        if (adjacent && layer->dtype < E4M3) {
+            keys = block + layer->first * bytes, dtype = (int)layer->dtype, per_dim = layer->per_dim;
+        } else if (adjacent) {
+            widen_block(layer, block + layer->first, tokens, tile);
+        } else {
+            gather_block(layer, block, tile);
+        }
+        for (int at = 0; at < count; at += AT_ONCE)
+            score_block(keys, dtype, per_dim, tokens, queries + at * size, size, scores + at * stride + start, stride,
+                        count - at < AT_ONCE ? count - at : AT_ONCE);
+    }
+}
+
+INLINE void load_query(const Layer *layer, const void *query, int64_t at, float *out) {
+    for (int64_t d = 0; d < layer->head_size; d++) out[d] = load_one(query, at + d, (int)layer->query_dtype);
+}
+
+/* Scores s[low ... high) of one head to weights, whatever the layer does on the way; see softmax_row. */
+INLINE void finish_row(const Layer *layer, float *s, int64_t low, int64_t high, int64_t prompt, int64_t head,
+                       float *features, float *tops, char *out, int64_t at, int dtype) {
+    int more = layer->soft_cap != 0.0f || layer->slopes;
+    if (more) adjust(layer, s, low, high, high - 1, head);
+    softmax_row(layer, more ? 1.0f : layer->scale, s, low, high, prompt, head, features, tops, out, at, dtype);
+}
+
 /* All chosen query heads of one KV head of one row. scratch: 4 score rows of `stride`, 4 queries, one gathered block. */
 static void attend_group(const Layer *layer, const Row *row, int64_t group, const void *query, int64_t query_row,
                          int64_t query_head, const char *cache, const int32_t *table, char *out, float *features,
                          float *tops, float *scratch, int64_t stride) {
     int64_t size = layer->head_size, per_group = layer->heads / layer->kv_heads, high = row->position + 1;
     int64_t low = layer->window && high > layer->window ? high - layer->window : 0;
-    int64_t bytes = bytes_of(layer->dtype), adjacent = !layer->offsets && layer->per_token == 1;
-    float *queries = scratch + 4 * stride, *tile = queries + 4 * size;
-    int64_t slots[4];
+    float *queries = scratch + AT_ONCE * stride, *tile = queries + AT_ONCE * size;
+    int64_t slots[AT_ONCE];
     for (int64_t at = 0; at < row->head_count;) {
         int count = 0;
-        for (; at < row->head_count && count < 4; at++) {
+        for (; at < row->head_count && count < AT_ONCE; at++) {
             int64_t head = row->heads[at];
             if (head / per_group != group || head >= layer->heads) continue;
-            for (int64_t d = 0; d < size; d++)
-                queries[count * size + d] =
-                    load_one(query, row->query * query_row + head * query_head + d, (int)layer->query_dtype);
+            load_query(layer, query, row->query * query_row + head * query_head, queries + count * size);
             slots[count++] = at;
         }
         if (!count) continue;
-        for (int64_t b = low / layer->block_size; b * layer->block_size < high; b++) {
-            const char *block = cache + ((int64_t)table[b] * layer->block_stride + group * layer->head_stride) * bytes;
-            int64_t start = b * layer->block_size, left = high - start;
-            int64_t tokens = left < layer->block_size ? (left + LANES - 1) / LANES * LANES : layer->block_size;
-            if (adjacent && layer->dtype < E4M3) {
-                score_block(block + layer->first * bytes, (int)layer->dtype, layer->per_dim, tokens, queries, size,
-                            scratch + start, stride, count);
-            } else {
-                if (adjacent) widen_block(layer, block + layer->first, tokens, tile);
-                else gather_block(layer, block, tile);
-                score_block((char *)tile, F32, layer->block_size, tokens, queries, size, scratch + start, stride, count);
-            }
-        }
-        for (int h = 0; h < count; h++) {
-            float *s = scratch + h * stride;
-            int64_t head = row->heads[slots[h]];
-            int more = layer->soft_cap != 0.0f || layer->slopes;
-            if (more) adjust(layer, s, low, high, row->position, head);
-            softmax_row(layer, more ? 1.0f : layer->scale, s, low, high, row->prompt, head,
-                        features + slots[h] * FEATURES, tops + slots[h] * TOPS, out, slots[h] * high, (int)row->dtype);
-        }
+        score_range(layer, group, cache, table, low, high, queries, count, scratch, stride, tile);
+        for (int h = 0; h < count; h++)
+            finish_row(layer, scratch + h * stride, low, high, row->prompt, row->heads[slots[h]],
+                       features + slots[h] * FEATURES, tops + slots[h] * TOPS, out, slots[h] * high, (int)row->dtype);
     }
 }
 
@@ -399,7 +418,12 @@ static void blank_heads(const Layer *layer, const Row *row, char *out, float *fe
 
 /* Floats of scratch that one thread needs. */
 int64_t scratch_floats(int64_t stride, int64_t head_size, int64_t block_size) {
-    return 4 * stride + (4 + block_size) * head_size;
+    return AT_ONCE * stride + (AT_ONCE + block_size) * head_size;
+}
+
+/* The same for attend_prompt. */
+int64_t prompt_floats(int64_t stride, int64_t head_size, int64_t block_size) {
+    return TOGETHER * stride + (TOGETHER + block_size) * head_size;
 }
 
 int64_t threads(void) {
@@ -432,6 +456,39 @@ void attend(const Layer *layer, const Row *rows, int64_t count, const uint64_t *
         if (group == 0) blank_heads(layer, row, out, feature, top);
         attend_group(layer, row, group, query, query_row, query_head, cache, table + row->table * table_stride, out,
                      feature, top, scratch + thread * each, stride);
+    }
+}
+
+/* `count` successive rows of a prompt's map of one layer, the first of them `row`, for the row's heads, all of which the
+ * layer has. out: [heads, count, keys], in the row's type, zeros after each row's own position; table: this request's
+ * blocks. scratch: for each thread `prompt_floats(stride, ...)`, with stride as for `attend`. */
+void attend_prompt(const Layer *layer, const Row *row, int64_t count, int64_t keys, char *out, const void *query,
+                   int64_t query_row, int64_t query_head, const char *cache, const int32_t *table, float *scratch,
+                   int64_t stride) {
+    int64_t size = layer->head_size, each = prompt_floats(stride, size, layer->block_size);
+    int64_t parts = (count + TOGETHER - 1) / TOGETHER, tasks = row->head_count * parts, bytes = row->dtype == F32 ? 4 : 2;
+#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t slot = task / parts, first = task % parts * TOGETHER, head = row->heads[slot], thread = 0;
+        int rows = count - first < TOGETHER ? (int)(count - first) : TOGETHER;
+#if defined(_OPENMP)
+        thread = omp_get_thread_num();
+#endif
+        float *scores = scratch + thread * each, *queries = scores + TOGETHER * stride, *tile = queries + TOGETHER * size;
+        float features[FEATURES], tops[TOPS];
+        int64_t position = row->position + first;
+        int64_t low = layer->window && position + 1 > layer->window ? position + 1 - layer->window : 0;
+        for (int r = 0; r < rows; r++)
+            load_query(layer, query, (row->query + first + r) * query_row + head * query_head, queries + r * size);
+        score_range(layer, head / (layer->heads / layer->kv_heads), cache, table, low, position + rows, queries, rows,
+                    scores, stride, tile);
+        for (int r = 0; r < rows; r++) {
+            int64_t high = position + r + 1, from = layer->window && high > layer->window ? high - layer->window : 0;
+            int64_t at = (slot * count + first + r) * keys;
+            finish_row(layer, scores + r * stride, from, high, row->prompt, head, features, tops, out, at,
+                       (int)row->dtype);
+            memset(out + (at + high) * bytes, 0, (size_t)((keys - high) * bytes));
+        }
     }
 }
 
