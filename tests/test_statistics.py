@@ -60,3 +60,33 @@ def test_a_row_that_sampled_nothing_has_no_summary() -> None:
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
     found = logits_summaries(logits, logits_statistics(logits, 2), [4, None, 0])
     assert [summary is None for summary in found] == [False, True, False]
+
+
+def test_extreme_logits_stay_numbers() -> None:
+    row = torch.tensor([[3e4, 2.9e4, -3e4, 65504.0, -math.inf]])
+    [summary] = summarised(row, [1], k=5)
+    assert summary.entropy == summary.varentropy == pytest.approx(0.0, abs=1e-12)
+    assert summary.logprob == pytest.approx(29_000 - 65_504)
+    assert (summary.rank, summary.topk_ids[:2]) == (2, (3, 0))
+    assert summary.margin == pytest.approx(35_504)
+    assert summary.topk_logprobs[-1] == -math.inf
+
+
+def test_ties_have_one_rank_and_no_margin() -> None:
+    [first, second] = summarised(torch.tensor([[1.0, 2.0, 2.0, 0.0]] * 2), [2, 0], k=2)
+    assert (first.rank, first.margin) == (0, 0.0)
+    assert sorted(first.topk_ids) == [1, 2]
+    assert second.rank == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_with_a_logit_that_is_no_number_has_no_statistics(bad: float) -> None:
+    [summary] = summarised(torch.tensor([[1.0, bad, 2.0, 0.0]]), [2], k=2)
+    assert all(math.isnan(value) for value in (summary.entropy, summary.varentropy, summary.margin))
+    assert summary.topk_ids[0] == 1
+
+
+def test_a_row_without_a_possible_token_has_no_statistics() -> None:
+    [summary] = summarised(torch.full((1, 4), -math.inf), [2], k=2)
+    assert math.isnan(summary.entropy)
+    assert math.isnan(summary.logprob)

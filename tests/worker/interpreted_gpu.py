@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.worker.cases import (
+    LOGITS,
     TYPES,
     Case,
     attend,
@@ -31,16 +32,19 @@ from tests.worker.cases import (
     holding,
     make_layer,
     on_host,
+    raw_logits,
     traced,
 )
 from tracer import records
 from tracer.statistics import logits_statistics, logits_summaries
-from tracer.worker import gpu_check, maths, triton_layer
+from tracer.worker import maths, self_check, triton_layer
 from tracer.worker.attention import LayerMath, row_features, summarise
 from tracer.worker.batch import Row
 from tracer.worker.device import Mark
+from tracer.worker.fp8 import Quantised
 from tracer.worker.gpu_maths import GpuMaths, summarise_rows
 from tracer.worker.layers import Layer
+from tracer.worker.self_check import CheckError
 from tracer.worker.torch_maths import TorchMaths
 from tracer.worker.triton_layer import GpuError
 from tracer.worker.work import Step, Traced, Work
@@ -48,7 +52,14 @@ from tracer.worker.work import Step, Traced, Work
 assert os.environ.get("TRITON_INTERPRET") == "1", "this file runs in a process of its own, see test_gpu.py"
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-affine = cases(layouts=("transposed", "rows", "second half"), blocks=(16, 32), sizes=(8, 80), longest=150, most=3)
+ORDERS = ("plain", "blocks apart", "heads first", "tokens before heads")
+SMALL: dict[str, Any] = {
+    "blocks": (16, 32, 64), "sizes": (8, 24, 80), "longest": 150, "most": 3, "quantised_queries": True,
+}  # fmt: skip
+affine = st.one_of(
+    cases(layouts=("transposed", "rows", "second half"), orders=ORDERS[:3], **SMALL),
+    cases(layouts=("rows", "second half"), orders=ORDERS[3:], **SMALL),  # HND and NHD, as GPU backends have them
+)
 
 
 @dataclass
@@ -135,14 +146,14 @@ def test_queries_and_keys_are_those_of_the_cache(case: Case, rows: Any, dtype: A
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(list(TYPES)), st.integers(1, 20), st.sampled_from([7, 100, 5000]), st.integers(0, 1000),
+    st.sampled_from(list(TYPES)), st.integers(1, 20), st.sampled_from([7, 100, 5003]), st.integers(0, 1000),
     st.sampled_from([None, 4]), st.sampled_from(["f16", "f32"]), st.sampled_from(["device", "host", "wrong"]),
+    st.sampled_from(LOGITS),
 )  # fmt: skip
 def test_logit_statistics_are_those_of_torch(
-    name: str, rows: int, vocab: int, seed: int, top: int | None, dtype: Any, told: str
+    name: str, rows: int, vocab: int, seed: int, top: int | None, dtype: Any, told: str, kind: str
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(rows + 1, vocab, generator=generator) * 6).to(TYPES[name])
+    logits = raw_logits(kind, rows, vocab, seed).to(TYPES[name])
     spec = records.CaptureSpec(records.LogitsSpec(top=top, dtype=dtype))
     works = [Work(Row(f"r{i}", i + 1, i, 1, 5, 6, True), traced(spec, [], ()), i) for i in range(rows)]
     tokens = [seed % vocab, *[None if vocab == 7 else 3] * (rows - 1)]
@@ -163,7 +174,7 @@ def test_logit_statistics_are_those_of_torch(
     assert [work.logits is None for work in works] == [token is None for token in tokens]
     expected = logits_summaries(kept.float(), expected_step.statistics, tokens)
     for work, other, wanted in zip(works, expected_step.works, expected, strict=True):
-        assert work.logits == wanted
+        assert repr(work.logits) == repr(wanted)  # NaN is not itself
         assert len(work.arrays) == len(other.arrays)
         for (ours, values, start), (theirs, others, other_start) in zip(work.arrays, other.arrays, strict=True):
             assert (ours, start) == (theirs, other_start)
@@ -278,6 +289,70 @@ def test_results_that_were_never_copied_are_not_read() -> None:
     assert work.traced.problems == ["step: its results were not copied to the host"]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_row_of_what_are_no_numbers_is_none(bad: float, window: int | None) -> None:
+    cache, query = torch.rand(3, 1, 16, 16), torch.rand(1, 2, 8) + 0.1
+    cache[1, 0, 11, 3] = bad
+    layer, work = layer_of(cache, sliding_window=window), one_row(12)
+    case = Case(layer, cache, torch.tensor([[1, 2]], dtype=torch.int32), [work], query)
+    [got], [said] = attend(gpu_maths([layer]), case)
+    [wanted], [expected] = attend(TorchMaths(3), case)
+    assert np.isnan(got["attention"]).all() == (bad != -np.inf)
+    for name, values in wanted.items():
+        np.testing.assert_allclose(got[name], values, atol=1e-5, err_msg=name)
+    assert said is not None
+    assert expected is not None
+    assert (said.top_position, said.top_layer) == (expected.top_position, expected.top_layer)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_byte_of_a_cache_is_the_number_that_torch_says(dtype: torch.dtype) -> None:
+    cache = torch.zeros(2, 1, 32, 16, dtype=torch.uint8)
+    cache[1, 0, :, :8] = torch.arange(256, dtype=torch.uint8).view(32, 8)
+    layer = quantised_layer(cache, Quantised(dtype, 0.3), None)
+    query = torch.randn(1, 2, 8)
+    case = Case(layer, cache, torch.tensor([[1]], dtype=torch.int32), [one_row(32)], query)
+    [found] = collect(gpu_maths([layer]), case, records.QKSpec(dtype="f32"), 0)
+    keys = np.concatenate([found["key_prompt"][0][:, 0, 0], found["key"][0][0]])
+    expected = torch.arange(256, dtype=torch.uint8).view(dtype).float() * 0.3
+    np.testing.assert_array_equal(keys.flatten(), expected.numpy())
+
+
+def quantised_layer(cache: torch.Tensor, keys: Quantised, query: Quantised | None, **maths_of: Any) -> Layer:
+    """An fp8 layer of 2 heads over blocks of 32 tokens."""
+    layer = make_layer(0, "rows", 32, 8, 1, LayerMath(1.0, **maths_of), cache)
+    assert layer.keys is not None
+    layer.module.dtype, layer.module._k_scale_float = torch.bfloat16, keys.scale
+    layer.module._q_scale_float = query and query.scale
+    return replace(layer, keys=replace(layer.keys, quantised=keys), query=query)
+
+
+@pytest.mark.parametrize("query", [None, Quantised(torch.float8_e4m3fn, 0.5)])
+@pytest.mark.parametrize("wrong", [None, {"codes": (4, 0)}, {"scales": (2.0, 1.0)}, {"scale": 0.9}])
+def test_the_check_at_start_covers_fp8(query: Quantised | None, wrong: dict[str, Any] | None) -> None:
+    cache = torch.zeros(3, 1, 32, 16, dtype=torch.uint8)
+    layer = quantised_layer(cache, Quantised(torch.float8_e4m3fn, 0.7), query, soft_cap=30.0, sliding_window=40)
+    gpu = gpu_maths([layer])
+    if wrong is None:
+        self_check.check_layer(gpu, layer, 2e-5)
+        return
+    gpu._layers[0] = replace(gpu._layers[0], **wrong)
+    with pytest.raises(CheckError, match="not those of torch"):
+        self_check.check_layer(gpu, layer, 2e-5)
+
+
+def test_queries_of_another_type_are_refused() -> None:
+    cache = torch.zeros(3, 1, 32, 16, dtype=torch.uint8)
+    layer = quantised_layer(cache, Quantised(torch.float8_e4m3fn, 0.7), Quantised(torch.float8_e4m3fn, 0.5))
+    table, query = torch.tensor([[1]], dtype=torch.int32), torch.randn(1, 2, 8)
+    for maths_ in (gpu_maths([layer]), TorchMaths(3)):
+        with pytest.raises(TypeError, match="queries of"):
+            attend(maths_, Case(layer, cache, table, [one_row(12)], query))
+
+
 @pytest.mark.parametrize(
     "maths_of",
     [{}, {"sliding_window": 9, "sinks": torch.tensor([0.5, 1.0])}, {"alibi_slopes": torch.tensor([0.1, 0.2])}],
@@ -294,13 +369,13 @@ def test_kernels_that_disagree_are_not_used(wrong: dict[str, Any]) -> None:
     layer = layer_of(torch.randn(3, 1, 16, 16))
     gpu = gpu_maths([layer])
     gpu._layers[0] = replace(gpu._layers[0], **wrong)
-    with pytest.raises(GpuError, match="not those of torch"):
-        gpu_check.check_layer(gpu, layer)
+    with pytest.raises(CheckError, match="not those of torch"):
+        self_check.check_layer(gpu, layer, 2e-5)
 
 
 def test_logits_that_disagree_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tracer.worker.gpu_maths.queue_logits", lambda *arguments: None)
-    with pytest.raises(GpuError, match="not those of torch"):
+    with pytest.raises(CheckError, match="not those of torch"):
         GpuMaths(LateDevice(), [], 3)
 
 

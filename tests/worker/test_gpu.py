@@ -22,6 +22,8 @@ POINTERS: Final = {
 }  # fmt: skip
 """Types of the kernels' parameters; the rest are the engine's type or 32-bit numbers."""
 SHAPE: Final = {"SIZE": 80, "DIMS": 128, "BLOCK": 16, "ENTRIES": 16, "HEADS": 8}
+CODES: Final = {"bf16": (0, 0), "fp16": (0, 0), "fp32": (0, 0), "fp8": (3, 3), "fp8 keys": (4, 0)}
+"""What an engine keeps in its cache: `KEY_CODE` and `QUERY_CODE`."""
 KERNELS: Final = {
     "score_rows": {"GROUP": 4, "KEYS": 64, "ALIBI": True, "SOFT_CAP": True, "per_dim": 1},
     "weigh_rows": {"SINKS": True, "TILE": 1024},
@@ -32,16 +34,20 @@ KERNELS: Final = {
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])
-@pytest.mark.parametrize("engine", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("engine", CODES)
 def test_kernels_compile_to_machine_code(
     engine: str, target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # else Triton warns once a process
+    codes = dict(zip(("KEY_CODE", "QUERY_CODE"), CODES[engine], strict=True))
+    plain = "bf16" if engine.startswith("fp8") else engine
+    engine_types = {
+        "query": "*u8" if codes["QUERY_CODE"] else f"*{plain}", "cache": "*u8" if codes["KEY_CODE"] else f"*{plain}"
+    }  # fmt: skip
     for name, own in KERNELS.items():
         kernel: Any = getattr(triton_kernels, name)
-        constants = {key: value for key, value in {**SHAPE, **own}.items() if key in kernel.arg_names}
-        engine_types = {"query": f"*{engine}", "cache": f"*{engine}"}
+        constants = {key: value for key, value in {**SHAPE, **codes, **own}.items() if key in kernel.arg_names}
         signature = {key: {**POINTERS, **engine_types}.get(key, "i32") for key in kernel.arg_names}
         signature |= dict.fromkeys(constants, "constexpr")
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)

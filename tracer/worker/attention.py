@@ -40,7 +40,8 @@ def attention_rows(query: torch.Tensor, key: torch.Tensor, positions: torch.Tens
     """Weights of each query row on each key, float32 [heads, rows, keys].
 
     query: [rows, heads, head_size] after rotary embedding; key: [kv_heads, keys, head_size], key j at position j;
-    positions: int64 [rows], absolute. Keys after a row's position and outside its window get exactly 0.
+    positions: int64 [rows], absolute. Keys after a row's position and outside its window get exactly 0. A row whose
+    scores are no numbers (NaN or infinite queries or keys: a broken model) is NaN.
     """
     rows = max(1, SCORES_AT_ONCE // (query.shape[1] * key.shape[1]))
     parts = [
@@ -93,7 +94,8 @@ def _weigh(scores: torch.Tensor, positions: torch.Tensor, math: LayerMath) -> to
 def row_features(weights: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
     """float32 [..., 4] as in FEATURES, for rows [..., keys] whose own position is the last key.
 
-    A row of zeros is no row (a layer with fewer heads than others leaves some): its features are NaN.
+    A row of zeros is no row (a layer with fewer heads than others leaves some): its features are NaN, and so are those
+    of a row of NaN.
     """
     entropy = torch.special.entr(weights).sum(dim=-1)
     total = weights.sum(dim=-1)
@@ -111,7 +113,9 @@ def summarise(weights: torch.Tensor, features: torch.Tensor, layers: list[int], 
     entropy, sink, prompt, own = features.nanmean(dim=(0, 1)).tolist()
     if weights.shape[-1] < 2:
         return AttentionSummary(entropy, sink, prompt, own, -1, 0.0, -1, -1)
-    best, at = weights[..., 1:].flatten().max(dim=0)
+    best, at = weights[..., 1:].flatten().nan_to_num(nan=0.0).max(dim=0)
     row, column = divmod(int(at), weights.shape[-1] - 1)
     layer, head = divmod(row, weights.shape[1])
+    if not best > 0:
+        return AttentionSummary(entropy, sink, prompt, own, -1, 0.0, -1, -1)
     return AttentionSummary(entropy, sink, prompt, own, column + 1, float(best), layers[layer], heads[head])

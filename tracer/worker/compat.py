@@ -18,7 +18,9 @@ __all__ = [
     "KNOWN_VERSIONS",
     "attention_class",
     "attention_type",
+    "backend_is_known",
     "backend_name",
+    "class_path",
     "full_graph_mode",
     "metadata_fields",
     "missing_attributes",
@@ -109,6 +111,15 @@ V2_ATTRIBUTES: Final = (
 )
 
 
+BACKENDS: Final = {
+    "CPU_ATTN": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend",
+    "FLASH_ATTN": "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend",
+    "FLEX_ATTENTION": "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend",
+    "TRITON_ATTN": "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",
+}
+"""Attention backends whose source was read: plain softmax over one paged cache, stored before it is read."""
+
+
 def version() -> str:
     """vLLM's version, e.g. `0.32.0`."""
     return str(vllm.__version__)
@@ -183,6 +194,17 @@ def backend_name(module: Any) -> str:
     """E.g. `CPU_ATTN`; empty for layers without an attention backend."""
     backend = getattr(module, "attn_backend", None)
     return str(backend.get_name()) if backend is not None else ""
+
+
+def backend_is_known(module: Any) -> bool:
+    """True for a backend of `BACKENDS`, and not for another class registered under its name."""
+    backend = getattr(module, "attn_backend", None)
+    return backend is not None and BACKENDS.get(backend_name(module)) == class_path(backend)
+
+
+def class_path(kind: Any) -> str:
+    """Where a class is defined."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def metadata_fields(module: Any) -> frozenset[str]:

@@ -10,7 +10,7 @@ Unproven on a GPU: the kernels are compiled for several and run by Triton's inte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from tracer.records import AttentionSummary
 from tracer.worker.attention import FEATURES
 from tracer.worker.device import Area, Device, Mark, lasting
-from tracer.worker.gpu_check import check_layer, check_logits
 from tracer.worker.gpu_logits import (
     LogitsPlan,
     ask_for_ranks,
@@ -35,12 +34,15 @@ from tracer.worker.gpu_logits import (
 from tracer.worker.gpu_plan import PickPlan, RowPlan, pick_plan, row_plan
 from tracer.worker.layers import Layer
 from tracer.worker.places import keep_qk
-from tracer.worker.rows import require_causal
+from tracer.worker.rows import prompt_blocks, require_causal
+from tracer.worker.self_check import check_layer, check_logits, distinct
 from tracer.worker.triton_layer import TYPES, GpuError, TritonLayer, as_results
 from tracer.worker.work import Step, Work
 
 __all__ = ["GpuMaths", "summarise_rows"]
 
+TOLERANCE: Final = 2e-5
+"""Largest difference of a weight from torch's, at start: a GPU's `exp` is good to about 1e-6, times the weight."""
 STRIDE: Final = 1024
 """Score rows grow by this many keys, so that a growing context does not ask for memory at every step."""
 
@@ -72,7 +74,7 @@ class _Buffers:
 
 
 class GpuMaths:
-    """See `maths.Maths`. Raises GpuError if a layer's cache cannot be read or the kernels disagree with torch."""
+    """See `maths.Maths`. Raises GpuError if a layer's cache cannot be read, CheckError if torch disagrees."""
 
     name = "triton"
 
@@ -86,9 +88,10 @@ class GpuMaths:
         self._scores = device.empty(0).view(torch.float32)
         self._stride = 0
         self._pool: list[_Buffers] = []
-        for layer in usable:
-            check_layer(self, layer)
+        for layer in distinct(usable):
+            check_layer(self, layer, TOLERANCE)
         check_logits(self, device.empty(0).device, topk)
+        self._pool.clear()
 
     # -- during the forward pass -------------------------------------------------------------------------------
 
@@ -120,10 +123,10 @@ class GpuMaths:
         buffers, known = self._buffers(step), self._layers[layer.info.index]
         plan = buffers.pick_plan
         if plan is None:
-            f32 = known.dtype == torch.float32
             made = pick_plan(
-                step.sources, layer.info, self._count, buffers.picks, buffers.pick_tables, self._device, f32=f32
-            )
+                step.sources, layer.info, self._count, buffers.picks, buffers.pick_tables, self._device,
+                f32=layer.needs_f32,
+            )  # fmt: skip
             plan, buffers.picks, buffers.pick_tables = made
             buffers.pick_tables.upload()
             buffers.pick_plan = plan
@@ -132,6 +135,12 @@ class GpuMaths:
         )
         for work in works:
             work.qk_seen += 1
+
+    def prompt(
+        self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """See `maths.Maths`: torch on the device, whose results are waited for."""
+        return prompt_blocks(layer, work, query, cache, metadata)
 
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """See `maths.Maths`: the copy keeps the engine's own precision."""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
 from tracer.records import LayerInfo
-from tracer.worker import compat
+from tracer.worker import compat, fp8
 from tracer.worker.attention import LayerMath
+from tracer.worker.fp8 import Quantised
 from tracer.worker.keys import KeyLayout, LayoutError, learn
 
 __all__ = ["Layer", "describe_layers"]
 
 PLAIN_DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
-"""Cache types that hold keys as they are, without scales."""
+"""Cache types that hold keys as they are, without scales; `fp8` knows the others."""
 METADATA: Final = frozenset({"block_table", "causal"})
 """What a step reads from the backend's metadata. FlashInfer's keeps no block table: its wrappers hold page indices."""
 
@@ -34,6 +35,38 @@ class Layer:
     module: Any
     math: LayerMath | None = None
     keys: KeyLayout | None = None
+    query: Quantised | None = None
+    """How the kernel gets its queries, if not as the model computes them."""
+    beside_f32: bool = False
+    """True if another layer of the model needs float32: a capture's queries and keys are of one type."""
+
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """Of the query tensor that the kernel gets."""
+        if self.query is not None:
+            return self.query.dtype
+        assert self.keys is not None
+        dtype: torch.dtype = (self.module.kv_cache if self.keys.quantised is None else self.module).dtype
+        return dtype
+
+    @property
+    def needs_f32(self) -> bool:
+        """True if queries and keys of the model are stored in float32 unless a request says otherwise.
+
+        Those of 16-bit layers fit float16, and so do fp8 elements, but not once they are scaled.
+        """
+        if self.beside_f32:
+            return True
+        assert self.keys is not None
+        scales = [one.scale for one in (self.keys.quantised, self.query) if one is not None]
+        return self.query_dtype == torch.float32 or any(scale != 1.0 for scale in scales)
+
+    def require_scales(self) -> None:
+        """Raise if the scales of an fp8 cache are no longer those that were learned, e.g. after new weights."""
+        keys = None if self.keys is None else self.keys.quantised
+        for which, known in (("k", keys), ("q", self.query)):
+            if known is not None and getattr(self.module, f"_{which}_scale_float") != known.scale:
+                raise ValueError(f"the layer's {which}_scale has changed since the start")
 
 
 def describe_layers(modules: Mapping[str, Any], refused: str | None = None) -> list[Layer]:
@@ -45,7 +78,9 @@ def describe_layers(modules: Mapping[str, Any], refused: str | None = None) -> l
     named = [(name, modules[name]) for name in sorted(modules, key=_model_order) if _is_layer(modules[name])]
     if refused is not None:
         return [Layer(_info(index, name, module, refused), module) for index, (name, module) in enumerate(named)]
-    return [_describe(index, name, module, layouts) for index, (name, module) in enumerate(named)]
+    layers = [_describe(index, name, module, layouts) for index, (name, module) in enumerate(named)]
+    wide = any(layer.needs_f32 for layer in layers if layer.keys is not None)
+    return [replace(layer, beside_f32=wide) for layer in layers]
 
 
 def _is_layer(module: Any) -> bool:
@@ -65,7 +100,8 @@ def _describe(index: int, name: str, module: Any, layouts: dict[tuple[Any, ...],
         if isinstance(layout, LayoutError):
             reason = str(layout)
         else:
-            return Layer(_info(index, name, module, None), module, _math(module), layout)
+            info = _info(index, name, module, None)
+            return Layer(info, module, _math(module), layout, fp8.query_storage(module))
     return Layer(_info(index, name, module, reason), module)
 
 
@@ -73,11 +109,12 @@ def _refusal(module: Any) -> str | None:
     """Why this layer cannot be captured, before its cache is looked at."""
     if type(module) is not compat.attention_class():
         return f"{type(module).__name__} is not causal softmax attention with a key cache"
+    if not compat.backend_is_known(module):
+        return f"attention backend {_backend(module)} is not known: its cache or its softmax may be another"
     impl = module.impl
     checks = (
         (compat.attention_type(impl) != "decoder", f"attention type {compat.attention_type(impl)!r} is not causal"),
         (module.kv_sharing_target_layer_name is not None, "it reads another layer's KV cache"),
-        (module.kv_cache_dtype not in PLAIN_DTYPES, f"KV cache of type {module.kv_cache_dtype}"),
         (module.use_alibi_sqrt, "square-root ALiBi"),
         (module.use_mm_prefix, "bidirectional attention over image tokens"),
         (getattr(impl, "chunk_lookback", -1) > -1, "chunked attention with lookback"),
@@ -88,7 +125,19 @@ def _refusal(module: Any) -> str | None:
         ),
         (not _window_agrees(module), "its kernel's sliding window is not the layer's"),
     )
-    return next((reason for failed, reason in checks if failed), None)
+    reason = next((reason for failed, reason in checks if failed), None)
+    if reason is not None or module.kv_cache_dtype not in PLAIN_DTYPES:
+        return reason or fp8.refusal(module)
+    if module.kv_cache.dtype != module.dtype:  # Kernels round such keys again, each in its own way.
+        return f"KV cache of type {module.kv_cache_dtype} beside queries of {module.dtype}"
+    return None
+
+
+def _backend(module: Any) -> str:
+    """Name and class, as they are refused."""
+    backend = getattr(module, "attn_backend", None)
+    where = "" if backend is None else f" ({compat.class_path(backend)})"
+    return f"{compat.backend_name(module) or 'without a name'}{where}"
 
 
 def _window_agrees(module: Any) -> bool:
@@ -104,12 +153,12 @@ def _window_agrees(module: Any) -> bool:
 
 def _layout(module: Any, layouts: dict[tuple[Any, ...], KeyLayout | LayoutError]) -> KeyLayout | LayoutError:
     """The cache layout, learned once per kind of cache."""
-    cache = module.kv_cache
-    isa = getattr(module, "isa", "")
-    kind = (type(module.impl), isa, cache.dtype, tuple(cache.shape[1:]), cache.stride()[1:], module.head_size)
+    cache, quantised = module.kv_cache, fp8.key_storage(module)
+    isa, shape, strides = getattr(module, "isa", ""), tuple(cache.shape[1:]), cache.stride()[1:]
+    kind = (type(module.impl), isa, cache.dtype, quantised, shape, strides, module.head_size)
     if kind not in layouts:
         try:
-            layouts[kind] = learn(module, cache)
+            layouts[kind] = learn(module, cache, quantised)
         except LayoutError as error:
             layouts[kind] = error
         except Exception as error:  # noqa: BLE001 - the backend's kernel: whatever it dislikes, logits still work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from tracer.worker.layers import Layer
 from tracer.worker.native import NativeError, load
 from tracer.worker.native_maths import NativeMaths
+from tracer.worker.self_check import CheckError
 from tracer.worker.torch_maths import TorchMaths
 from tracer.worker.work import Step, Work
 
@@ -37,6 +38,15 @@ class Maths(Protocol):
         self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
     ) -> None:
         """Queries and keys of `works` in one layer, as `Work.queries` and `Work.keys` say."""
+
+    def prompt(
+        self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """The prompt's own map in one layer, as far as this step computes it, a bounded number of rows at a time.
+
+        Position of the first row, and a block [heads, rows, keys] in the type that is stored, which has been used up
+        when the next is asked for.
+        """
 
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """Copy and count the raw logits [batch rows, vocab] of these rows before anything changes them."""
@@ -66,7 +76,7 @@ def choose(layers: Sequence[Layer], device: torch.device, topk: int) -> Maths:
     try:
         with torch.no_grad():
             return NativeMaths(load(), layers, topk)
-    except NativeError as error:
+    except (NativeError, CheckError) as error:
         LOG.warning("tensorspan: attention is computed by torch, which is slower: %s", error)
         return TorchMaths(topk)
 

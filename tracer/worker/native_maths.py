@@ -6,7 +6,7 @@ The weights are written once, in the precision they are stored in, and copied on
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from tracer.records import AttentionSummary, LogitsSummary
-from tracer.worker.attention import FEATURES, attention_last_rows
+from tracer.worker.attention import FEATURES
 from tracer.worker.layers import Layer
-from tracer.worker.native import NativeError
 from tracer.worker.native_layer import CODES, NativeLayer, address_of, addresses_of
 from tracer.worker.native_qk import QKPlan, at_least, qk_plan
 from tracer.worker.places import STORED, aligned, keep_qk, row_bytes
-from tracer.worker.rows import require_causal
+from tracer.worker.rows import prompt_parts, require_causal
+from tracer.worker.self_check import check_layer, check_logits, distinct
 from tracer.worker.work import Step, Work
 
 __all__ = ["NativeMaths"]
@@ -32,7 +32,7 @@ STRIDE: Final = 1024
 SEEN: Final = 7
 """Numbers that the kernel's `summarise` gives."""
 TOLERANCE: Final = 1e-5
-CHECKED_LENGTHS: Final = (1, 33, 70)
+"""Largest difference of a weight from torch's, at start."""
 
 Bytes = NDArray[np.uint8]
 
@@ -86,22 +86,25 @@ class _Buffers:
 
 
 class NativeMaths:
-    """See `maths.Maths`. Raises NativeError if a layer's cache cannot be read or the kernels disagree with torch."""
+    """See `maths.Maths`. Raises NativeError if a layer's cache cannot be read, CheckError if torch disagrees."""
 
     name = "native"
 
     def __init__(self, library: ctypes.PyDLL, layers: Sequence[Layer], topk: int) -> None:
         self._library: Any = library
         self._topk = topk
-        self._layers = {layer.info.index: NativeLayer.of(layer) for layer in layers if layer.math is not None}
+        usable = [layer for layer in layers if layer.math is not None]
+        self._layers = {layer.info.index: NativeLayer.of(layer) for layer in usable}
         self._count = max(self._layers, default=-1) + 1
         self._threads = int(library.threads())
         self._scratch = np.empty(0, np.float32)
         self._scratch_at = self._per_thread = self._stride = 0
+        self._maps, self._map_scratch = np.empty(0, np.uint8), np.empty(0, np.float32)
         self._pool: list[_Buffers] = []
-        for layer in layers:
-            if layer.math is not None:
-                self._check(layer)
+        for layer in distinct(usable):
+            check_layer(self, layer, TOLERANCE)
+        check_logits(self, torch.device("cpu"), topk)
+        self._pool.clear()
 
     # -- attention ---------------------------------------------------------------------------------------------
 
@@ -126,7 +129,7 @@ class NativeMaths:
         native.check(query, cache, table)
         plan = buffers.qk_plan
         if plan is None:
-            f32 = native.dtype == torch.float32
+            f32 = layer.needs_f32
             plan = buffers.qk_plan = qk_plan(step.sources, layer.info, self._count, buffers.qk, engine_f32=f32)
             buffers.qk = plan.buffer
         places = addresses_of(*plan.addresses[:, layer.info.index])
@@ -136,6 +139,35 @@ class NativeMaths:
         )  # fmt: skip
         for work in works:
             work.qk_seen += 1
+
+    def prompt(
+        self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """See `maths.Maths`: the blocks are parts of one buffer."""
+        require_causal(metadata)
+        native, table, row, traced = self._layers[layer.info.index], metadata.block_table, work.row, work.traced
+        native.check(query, cache, table)
+        assert traced.attention is not None
+        code, dtype = STORED[traced.attention.dtype]
+        heads = np.array([head for head in traced.heads if head < layer.info.num_heads], np.int64)
+        parts = list(prompt_parts(row))
+        most = max((stop - start) * stop for start, stop in parts) if parts else 0
+        self._maps = at_least(self._maps, len(heads) * most * int(dtype.itemsize))
+        struct = native.struct
+        stride = -(-(row.position + 1 + native.margin) // STRIDE) * STRIDE
+        each = self._library.prompt_floats(stride, struct.head_size, struct.block_size)
+        if len(self._map_scratch) < self._threads * each:
+            self._map_scratch = np.empty(self._threads * each, np.float32)
+        for start, stop in parts:
+            block = _carve(self._maps, 0, dtype, (len(heads), stop - start, stop))
+            first = row.first + start - row.computed
+            facts = np.array([first, 0, start, row.prompt_tokens, address_of(heads), len(heads), code], np.int64)
+            self._library.attend_prompt(
+                native.address, address_of(facts), stop - start, stop, address_of(block), query.data_ptr(),
+                query.stride(0), query.stride(1), cache.data_ptr(), table[row.index].data_ptr(),
+                address_of(self._map_scratch), stride,
+            )  # fmt: skip
+            yield start, block
 
     def _attend(self, layer: Layer, plan: _Plan, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor) -> None:
         native = self._layers[layer.info.index]
@@ -300,45 +332,6 @@ class NativeMaths:
             step.buffers = self._pool.pop() if self._pool else _Buffers()
         buffers: _Buffers = step.buffers
         return buffers
-
-    # -- the check at start ------------------------------------------------------------------------------------
-
-    def _check(self, layer: Layer) -> None:
-        """Rows of several lengths over a cache of random numbers must be torch's; raises NativeError."""
-        assert layer.math is not None
-        assert layer.keys is not None
-        native, info = self._layers[layer.info.index], layer.info
-        generator = torch.Generator().manual_seed(3)
-        real = layer.module.kv_cache
-        blocks = -(-max(CHECKED_LENGTHS) // native.struct.block_size)
-        cache = torch.empty_strided((blocks, *real.shape[1:]), real.stride(), dtype=real.dtype)
-        cache.copy_(torch.randn(cache.shape, generator=generator))
-        count, positions = len(CHECKED_LENGTHS), torch.tensor(CHECKED_LENGTHS) - 1
-        query = torch.randn((count, info.num_heads, info.head_size), generator=generator).to(real.dtype)
-        table = torch.randperm(blocks, generator=generator).to(torch.int32).expand(count, -1).contiguous()
-        keys = layer.keys.read(cache, table.flatten().to(torch.int64))
-        wanted = attention_last_rows(query, keys.view(keys.shape[0], count, -1, keys.shape[2]), positions, layer.math)
-        got = self._rows_of(layer, query, cache, table, CHECKED_LENGTHS)
-        for place, length in enumerate(CHECKED_LENGTHS):
-            error = float((torch.from_numpy(got[place]) - wanted[:, place, :length]).abs().max())
-            if not error <= TOLERANCE:
-                raise NativeError(f"layer {info.name}: the C kernels differ from torch by {error:.1e}")
-
-    def _rows_of(
-        self, layer: Layer, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: Sequence[int]
-    ) -> list[NDArray[np.float32]]:
-        """float32 [heads, keys] of each row; outside any step."""
-        heads, count = np.arange(layer.info.num_heads), len(lengths)
-        out = [np.empty((len(heads), length), np.float32) for length in lengths]
-        extra = [np.empty((len(heads), 4), np.float32) for _ in range(2 * count)]
-        rows = np.array(
-            [(i, i, length - 1, length, address_of(heads), len(heads), 0) for i, length in enumerate(lengths)], np.int64
-        )
-        places = np.zeros((3, layer.info.index + 1, count), np.int64)
-        places[:, -1] = np.array([address_of(item) for item in (*out, *extra)]).reshape(3, count)
-        plan = _Plan({}, rows, places, [], max(lengths))
-        self._attend(layer, plan, query, cache, table)
-        return out
 
 
 def _carve(buffer: Bytes, at: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -21,19 +21,14 @@ from tracer.context import from_extra_args, wall_clock_ns
 from tracer.export import Channel
 from tracer.records import ArrayRecord, AttentionSpec, EngineInfo, TraceRequest, WorkerEnd
 from tracer.worker.batch import Runner
-from tracer.worker.device import indices
 from tracer.worker.emit import send_blocks, send_step
 from tracer.worker.layers import Layer
 from tracer.worker.maths import Maths
-from tracer.worker.pack import DTYPES, pack
-from tracer.worker.rows import past_keys, row_weights
+from tracer.worker.pack import pack
 from tracer.worker.shares import own_heads, takes_part
 from tracer.worker.work import Step, Traced, Work
 
 __all__ = ["StepTracer"]
-
-PREFILL_ROWS: Final = 256
-"""Query rows per record of the prompt's map: bounds a record's size."""
 
 
 class StepTracer:
@@ -158,18 +153,9 @@ class StepTracer:
                 raise
 
     def _prompt(self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any) -> None:
-        self._prompt_rows(layer, work, query, past_keys(layer, work.row, cache, metadata))
-
-    def _prompt_rows(self, layer: Layer, work: Work, query: torch.Tensor, keys: torch.Tensor) -> None:
-        """Send this chunk's rows of the prompt's map, a bounded number at a time."""
-        row, traced = work.row, work.traced
-        assert traced.attention is not None
-        for start in range(row.computed, min(row.position + 1, row.prompt_tokens), PREFILL_ROWS):
-            stop = min(start + PREFILL_ROWS, row.position + 1, row.prompt_tokens)
-            part = query[row.first + start - row.computed : row.first + stop - row.computed]
-            weights = row_weights(layer, part, keys[:, :stop], torch.arange(start, stop, device=keys.device))
-            chosen = [head for head in traced.heads if head < weights.shape[0]]
-            block = weights[indices(chosen, weights.device)].to(DTYPES[traced.attention.dtype])
+        """Send this chunk's rows of the prompt's map."""
+        traced = work.traced
+        for start, block in self._maths.prompt(layer, work, query, cache, metadata):
             where = (traced.slots[layer.info.index], traced.own.slot, start, 0)
             arrays, payload = pack([("attention_prefill", block, where)])
             record = ArrayRecord(traced.request.trace_id, traced.request.span_id, traced.attempt, arrays)

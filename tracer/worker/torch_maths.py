@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tracer.worker.device import indices
 from tracer.worker.layers import Layer
 from tracer.worker.pack import DTYPES
 from tracer.worker.places import keep_qk, qk_dtype
-from tracer.worker.rows import last_row_weights, past_keys, row_weights, worth_batching
+from tracer.worker.rows import last_row_weights, past_keys, plain_query, prompt_blocks, row_weights, worth_batching
 from tracer.worker.work import Step, Stored, Work
 
 __all__ = ["TorchMaths"]
@@ -38,6 +38,12 @@ class TorchMaths:
         for work, weights in zip(works, rows, strict=True):
             _keep(work, layer.info.index, weights)
 
+    def prompt(
+        self, layer: Layer, work: Work, query: torch.Tensor, cache: torch.Tensor, metadata: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """See `maths.Maths`."""
+        return prompt_blocks(layer, work, query, cache, metadata)
+
     def collect(
         self, step: Step, layer: Layer, works: Sequence[Work], query: torch.Tensor, cache: torch.Tensor, metadata: Any
     ) -> None:
@@ -49,7 +55,7 @@ class TorchMaths:
             if work.qk is None:
                 work.qk = _qk_room(work, layer, keys)
             slot = work.traced.qk_slots[layer.info.index]
-            work.qk[0][:, slot] = query[first : first + count]
+            work.qk[0][:, slot] = plain_query(layer, query[first : first + count])
             work.qk[1][:, slot] = keys[:, start : start + more].transpose(0, 1)
             # A block that a window gave back may hold another request's keys.
             window = layer.info.sliding_window
@@ -107,7 +113,7 @@ def _keep(work: Work, index: int, weights: torch.Tensor) -> None:
 
 def _qk_room(work: Work, layer: Layer, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for [positions, layers, heads, head_size] queries and keys of this step."""
-    dtype = DTYPES[qk_dtype(work, keys.dtype == torch.float32)]
+    dtype = DTYPES[qk_dtype(work, layer.needs_f32)]
     info, layers = layer.info, len(work.traced.qk_slots)
     sizes = ((work.queries[1], info.num_heads), (work.keys[1], info.num_kv_heads))
     queries, own = [

@@ -20,9 +20,28 @@ FACTS = tl.constexpr(9)
 """Numbers per row in the tables of `gpu_plan`."""
 F32 = tl.constexpr(0)
 F16 = tl.constexpr(2)
+E4M3 = tl.constexpr(3)
+E5M2 = tl.constexpr(4)
+"""Types by number, as kernels.c has them; fp8 comes as bytes and is taken apart here, on any GPU and interpreter."""
 LOWEST = tl.constexpr(-1e4)
 """Stands for minus infinity: `exp` of it is 0, and 0 times it is 0."""
 NOWHERE = tl.constexpr(1 << 40)
+
+
+@triton.jit
+def _plain(raw, code: tl.constexpr):
+    """float32 of what lies in memory; code: 0 for a type that Triton knows."""
+    if code == E4M3:
+        bits = raw.to(tl.int32)
+        # The leading bits of a half whose exponent counts from 8 less.
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        value = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+    elif code == E5M2:
+        value = (raw.to(tl.int32) << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = raw.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -43,11 +62,12 @@ def score_rows(
     tables, slots_at, places_at, width, query, query_row, query_head, cache, block_stride, head_stride, first,
     per_token, per_dim, table, table_row, scores, most, stride, slopes, window, scale, soft_cap,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
-    KEYS: tl.constexpr, DIMS: tl.constexpr,
+    KEYS: tl.constexpr, DIMS: tl.constexpr, KEY_CODE: tl.constexpr, QUERY_CODE: tl.constexpr,
 ):  # fmt: skip
     """Scores [rows, most, stride] of every row's chosen heads; grid: (tiles of KEYS keys, KV heads, rows).
 
-    places: [rows, width], where in its row's list a head is, or -1; most: heads of the longest list.
+    places: [rows, width], where in its row's list a head is, or -1; most: heads of the longest list; scale: of a
+    product of elements; KEY_CODE, QUERY_CODE: see `_plain`.
     """
     row = tl.program_id(2)
     group = tl.program_id(1)
@@ -64,13 +84,13 @@ def score_rows(
         block = tl.load(table + tl.load(fact + 1) * table_row + j // BLOCK, mask=seen, other=0).to(tl.int64)
         at = block * block_stride + group.to(tl.int64) * head_stride + first + j % BLOCK * per_token
         inside = seen[:, None] & (dim < SIZE)[None, :]
-        keys = tl.load(cache + at[:, None] + (dim * per_dim)[None, :], mask=inside, other=0.0).to(tl.float32)
+        keys = _plain(tl.load(cache + at[:, None] + (dim * per_dim)[None, :], mask=inside, other=0), KEY_CODE)
         queries = query + tl.load(fact) * query_row
         for member in range(GROUP):
             head = group * GROUP + member
             place = tl.load(tables + places_at + row * width + head)
             if place >= 0:
-                q = tl.load(queries + head * query_head + dim, mask=dim < SIZE, other=0.0).to(tl.float32)
+                q = _plain(tl.load(queries + head * query_head + dim, mask=dim < SIZE, other=0), QUERY_CODE)
                 score = tl.sum(keys * q[None, :], axis=1) * scale
                 if SOFT_CAP:
                     score = soft_cap * _tanh(score / soft_cap)
@@ -89,14 +109,21 @@ def _store(out16, out32, at, values, mask, code):
 
 @triton.jit
 def _weigh(source, low, high, prompt, sink, out16, out32, weights, code, features, tops, TILE: tl.constexpr):
-    """Softmax of source[low ... high): weights, features (entropy, sink mass, prompt mass, self weight) and top."""
+    """Softmax of source[low ... high): weights, features (entropy, sink mass, prompt mass, self weight) and top.
+
+    Scores that are no numbers make no row: all of it is NaN, as in torch.
+    """
     lane = tl.arange(0, TILE)
     begin = low // TILE * TILE
     peaks = tl.full([TILE], float("-inf"), tl.float32)
+    lost = tl.zeros([TILE], tl.int32)
     for start in range(begin, high, TILE):
         j = start + lane
-        peaks = tl.maximum(peaks, tl.load(source + j, mask=(j >= low) & (j < high), other=float("-inf")))
+        s = tl.load(source + j, mask=(j >= low) & (j < high), other=float("-inf"))
+        lost |= (s != s).to(tl.int32)  # noqa: PLR0124 - NaN
+        peaks = tl.maximum(peaks, s)
     peak = tl.maximum(tl.max(peaks, axis=0), sink)
+    broken = (tl.max(lost, axis=0) > 0) | (tl.abs(peak) == float("inf"))
     totals = tl.zeros([TILE], tl.float32)
     moments = tl.zeros([TILE], tl.float32)
     masses = tl.zeros([TILE], tl.float32)
@@ -115,18 +142,18 @@ def _weigh(source, low, high, prompt, sink, out16, out32, weights, code, feature
         best = tl.where(better, e, best)
     total = tl.sum(totals, axis=0)
     z = total + tl.exp(tl.maximum(sink - peak, LOWEST))
-    norm = 1.0 / z
+    norm = tl.where(broken, float("nan"), 1.0 / z)
     share = total * norm
     first = tl.exp(tl.load(source, mask=low == 0, other=float("-inf")) - peak) * norm
     own = tl.exp(tl.load(source + high - 1) - peak) * norm
     top = tl.max(best, axis=0)
     at = tl.min(tl.where(best == top, best_at, NOWHERE), axis=0)
     tl.store(features, tl.log(z) * share - tl.sum(moments, axis=0) * norm)
-    tl.store(features + 1, first + tl.maximum(1.0 - share, 0.0))
+    tl.store(features + 1, first + tl.where(share < 1.0, 1.0 - share, 0.0 * share))
     tl.store(features + 2, tl.sum(masses, axis=0) * norm)
     tl.store(features + 3, own)
-    tl.store(tops, top * norm)
-    tl.store(tops + 1, tl.where(top > 0.0, at, -1).to(tl.float32))
+    tl.store(tops, tl.where(broken, 0.0, top * norm))
+    tl.store(tops + 1, tl.where((top > 0.0) & (broken == 0), at, -1).to(tl.float32))
     if code >= 0:
         for start in range(0, high, TILE):
             j = start + lane
@@ -182,12 +209,15 @@ def weigh_rows(
 
 
 @triton.jit
-def _copy(source, at, per_dim, known, out16, out32, to, code, live, SIZE: tl.constexpr, DIMS: tl.constexpr):
-    """Vectors of SIZE elements to `to` as they are; NaN where not `known`."""
+def _copy(
+    source, at, per_dim, known, scale, out16, out32, to, code, live,
+    SIZE: tl.constexpr, DIMS: tl.constexpr, SOURCE_CODE: tl.constexpr,
+):  # fmt: skip
+    """Vectors of SIZE elements, times `scale`, to `to`; NaN where not `known`."""
     dim = tl.arange(0, DIMS)
     inside = live[:, None] & (dim < SIZE)[None, :]
-    values = tl.load(source + at[:, None] + (dim * per_dim)[None, :], mask=inside & known[:, None], other=float("nan"))
-    values = values.to(tl.float32)
+    raw = tl.load(source + at[:, None] + (dim * per_dim)[None, :], mask=inside & known[:, None], other=0)
+    values = tl.where(known[:, None], _plain(raw, SOURCE_CODE) * scale, float("nan"))
     place = to[:, None] + dim[None, :]
     tl.store(out16 + place, values.to(tl.float16), mask=inside & (code == F16)[:, None])
     tl.store(out32 + place, values, mask=inside & (code == F32)[:, None])
@@ -195,8 +225,8 @@ def _copy(source, at, per_dim, known, out16, out32, to, code, live, SIZE: tl.con
 
 @triton.jit(do_not_specialize=["tables", "slots_at", "entries_at", "count", "query", "query_row", "query_head"])
 def collect_queries(
-    tables, slots_at, entries_at, count, query, query_row, query_head, out16, out32,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, ENTRIES: tl.constexpr,
+    tables, slots_at, entries_at, count, query, query_row, query_head, scale, out16, out32,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, ENTRIES: tl.constexpr, QUERY_CODE: tl.constexpr,
 ):  # fmt: skip
     """Query vectors; entries: [count, 2], row of the tables and row of the query tensor; grid: (tiles, heads)."""
     head = tl.program_id(1)
@@ -210,15 +240,17 @@ def collect_queries(
     to = tl.load(fact) + (source - tl.load(fact + 1)) * tl.load(fact + 2) + (slot * HEADS + head) * SIZE
     known = entry >= 0
     _copy(
-        query, source * query_row + head * query_head, 1, known, out16, out32, to, tl.load(fact + 8), live, SIZE, DIMS
-    )
+        query, source * query_row + head * query_head, 1, known, scale, out16, out32, to, tl.load(fact + 8), live,
+        SIZE, DIMS, QUERY_CODE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tables", "slots_at", "entries_at", "count", "table", "table_row"])
 def collect_keys(
     tables, slots_at, entries_at, count, cache, block_stride, head_stride, first, per_token, per_dim, table, table_row,
-    window, out16, out32,
+    window, scale, out16, out32,
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DIMS: tl.constexpr, ENTRIES: tl.constexpr,
+    KEY_CODE: tl.constexpr,
 ):  # fmt: skip
     """Key vectors; entries: [count, 2], row of the tables and absolute position; grid: (tiles, KV heads)."""
     head = tl.program_id(1)
@@ -234,4 +266,4 @@ def collect_keys(
     known = position > tl.load(fact + 7) - window
     block = tl.load(table + tl.load(fact + 6) * table_row + position // BLOCK, mask=live & known, other=0)
     at = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride + first + position % BLOCK * per_token
-    _copy(cache, at, per_dim, known, out16, out32, to, tl.load(fact + 8), live, SIZE, DIMS)
+    _copy(cache, at, per_dim, known, scale, out16, out32, to, tl.load(fact + 8), live, SIZE, DIMS, KEY_CODE)

@@ -41,9 +41,8 @@ class LayerStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("dtype", "heads", "kv_heads", "head_size", "block_size")),
         *((name, ctypes.c_int64) for name in ("block_stride", "head_stride", "first", "per_token", "per_dim")),
         *((name, ctypes.c_void_p) for name in ("offsets", "slopes", "sinks")),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("soft_cap", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("window", "query_dtype")),
+        *((name, ctypes.c_float) for name in ("scale", "soft_cap", "key_scale")),
     )
 
 
@@ -51,8 +50,10 @@ _PTR: Final = ctypes.c_void_p
 _INT: Final = ctypes.c_int64
 SIGNATURES: Final[dict[str, tuple[Sequence[Any], Any]]] = {
     "scratch_floats": ((_INT, _INT, _INT), _INT),
+    "prompt_floats": ((_INT, _INT, _INT), _INT),
     "threads": ((), _INT),
     "attend": ((_PTR, _PTR, _INT, _PTR, _PTR, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT, _PTR, _INT), None),
+    "attend_prompt": ((_PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _PTR, _INT), None),
     "collect": ((_PTR, _PTR, _INT, _PTR, _PTR, _PTR, _INT, _INT, _PTR, _PTR, _INT), None),
     "summarise": ((_PTR, _PTR, _INT, _PTR), None),
     "logits": ((_PTR, _INT, _INT, _INT, _INT, _INT, _PTR, _PTR, _PTR, _PTR, _PTR), None),

@@ -22,8 +22,9 @@ typedef float vf __attribute__((vector_size(64), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t vu __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t vh __attribute__((vector_size(32), aligned(2)));
+typedef uint8_t vb __attribute__((vector_size(16), aligned(1)));
 
-enum { F32 = 0, BF16 = 1, F16 = 2 };
+enum { F32 = 0, BF16 = 1, F16 = 2, E4M3 = 3, E5M2 = 4 };
 
 /* -- element types --------------------------------------------------------------------------------------------- */
 
@@ -61,25 +62,47 @@ INLINE uint16_t float_to_half(float f) { /* to nearest, ties to even; beyond 65,
 #endif
 }
 
+INLINE int64_t bytes_of(int64_t dtype) { return dtype == F32 ? 4 : dtype >= E4M3 ? 1 : 2; }
+
+/* An fp8 element has the leading bits of a half: E5M2 all of them, E4M3 but for an exponent that counts from 8 less. */
+INLINE float byte_to_float(uint8_t b, int dtype) {
+    if (dtype == E5M2) return half_to_float((uint16_t)(b << 8));
+    if ((b & 0x7f) == 0x7f) return NAN;
+    return half_to_float((uint16_t)((b & 0x80) << 8 | (b & 0x7f) << 7)) * 256.0f;
+}
+
 INLINE float load_one(const void *p, int64_t i, int dtype) {
     if (dtype == F32) return ((const float *)p)[i];
+    if (dtype >= E4M3) return byte_to_float(((const uint8_t *)p)[i], dtype);
     uint16_t h = ((const uint16_t *)p)[i];
     if (dtype == F16) return half_to_float(h);
     union { uint32_t u; float f; } v = {(uint32_t)h << 16};
     return v.f;
 }
 
-INLINE vf load(const void *p, int64_t i, int dtype) {
-    if (dtype == F32) return *(const vf *)((const float *)p + i);
-    const uint16_t *h = (const uint16_t *)p + i;
-    if (dtype == BF16) return (vf)(__builtin_convertvector(*(const vh *)h, vu) << 16);
+INLINE vf halves_to_floats(vh h) {
 #if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
+    return (vf)_mm512_cvtph_ps((__m256i)h);
 #else
     vf out;
     for (int j = 0; j < LANES; j++) out[j] = half_to_float(h[j]);
     return out;
 #endif
+}
+
+INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+INLINE vf load(const void *p, int64_t i, int dtype) {
+    if (dtype == F32) return *(const vf *)((const float *)p + i);
+    if (dtype >= E4M3) { /* see byte_to_float */
+        vh b = __builtin_convertvector(*(const vb *)((const uint8_t *)p + i), vh);
+        if (dtype == E5M2) return halves_to_floats(b << 8);
+        vf out = halves_to_floats((b & 0x80) << 8 | (b & 0x7f) << 7) * 256.0f;
+        return choose(__builtin_convertvector(b & 0x7f, vi) == 0x7f, (vf){0} + NAN, out);
+    }
+    const uint16_t *h = (const uint16_t *)p + i;
+    if (dtype == BF16) return (vf)(__builtin_convertvector(*(const vh *)h, vu) << 16);
+    return halves_to_floats(*(const vh *)h);
 }
 
 INLINE void store(void *p, int64_t i, int dtype, vf v) { /* dtype: F32 or F16 */
@@ -103,8 +126,6 @@ INLINE void store_one(void *p, int64_t i, int dtype, float f) {
 /* -- arithmetic ------------------------------------------------------------------------------------------------ */
 
 INLINE vf splat(float f) { return f - (vf){0}; }
-
-INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
@@ -160,7 +181,7 @@ INLINE vf vexp(vf x) {
 /* -- attention rows -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    int64_t dtype; /* of queries and keys */
+    int64_t dtype; /* of keys */
     int64_t heads, kv_heads, head_size, block_size;
     int64_t block_stride, head_stride; /* of the cache, in elements */
     int64_t first, per_token, per_dim; /* where key element (token, dim) lies in its block and head, if affine */
@@ -168,7 +189,9 @@ typedef struct {
     const float *slopes;               /* [heads], ALiBi; or NULL */
     const float *sinks;                /* [heads]; or NULL */
     int64_t window;                    /* visible keys, the query's own included; 0 without a window */
-    float scale, soft_cap;             /* soft_cap 0: none */
+    int64_t query_dtype;
+    float scale, soft_cap; /* scale: of a query's product with a key's elements; soft_cap 0: none */
+    float key_scale;       /* a key is key_scale * element */
 } Layer;
 
 typedef struct {
@@ -219,7 +242,7 @@ INLINE void score_tile(const void *keys, int dtype, int64_t per_dim, const float
 
 static void score_block(const char *keys, int dtype, int64_t per_dim, int64_t tokens, const float *query, int64_t size,
                         float *out, int64_t stride, int heads) {
-    int64_t bytes = dtype == F32 ? 4 : 2;
+    int64_t bytes = bytes_of(dtype);
     /* As wide as the registers allow: the elements of one dim lie together, and read in order they are prefetched. */
     while (tokens >= 8 * LANES && heads <= 3) {
         BY_DTYPE(8)
@@ -246,6 +269,15 @@ static void gather_block(const Layer *layer, const char *block, float *tile) {
         }
 }
 
+/* The same for fp8 keys whose elements of one dim are adjacent: eight bits are widened once, not once per 4 heads. */
+static void widen_block(const Layer *layer, const char *keys, int64_t tokens, float *tile) {
+    for (int64_t d = 0; d < layer->head_size; d++)
+        for (int64_t t = 0; t < tokens; t += LANES) {
+            int64_t from = d * layer->per_dim + t, to = d * layer->block_size + t;
+            *(vf *)(tile + to) = layer->dtype == E4M3 ? load(keys, from, E4M3) : load(keys, from, E5M2);
+        }
+}
+
 /* Scores become what the softmax sees, for layers that do more than to scale them. */
 static void adjust(const Layer *layer, float *s, int64_t low, int64_t high, int64_t position, int64_t head) {
     for (int64_t j = low; j < high; j++) s[j] *= layer->scale;
@@ -263,15 +295,16 @@ static int64_t first_equal(const float *s, int64_t low, int64_t high, float valu
 }
 
 /* Softmax of scale * s[low ... high), whose memory goes on for LANES more values; s becomes the weights, and so does
- * out[at ... at + high), unless it is NULL.
+ * out[at ... at + high), unless it is NULL. Scores that are no numbers make no row: all of it is NaN, as in torch.
  * features: entropy, sink mass, prompt mass, self weight; tops: largest weight outside position 0, its position. */
 static void softmax_row(const Layer *layer, float scale, float *s, int64_t low, int64_t high, int64_t prompt,
                         int64_t head, float *features, float *tops, char *out, int64_t at, int dtype) {
     for (int64_t j = high; j < high + LANES; j++) s[j] = -INFINITY; /* whole vectors from here on */
     vf top = splat(-INFINITY);
+    vi lost = {0};
     for (int64_t j = low; j < high; j += LANES) {
         vf v = *(vf *)(s + j) * scale;
-        top = larger(v, top);
+        top = larger(v, top), lost |= v != v;
         *(vf *)(s + j) = v;
     }
     float most = largest(top), sink = layer->sinks ? layer->sinks[head] : -INFINITY;
@@ -282,7 +315,8 @@ static void softmax_row(const Layer *layer, float scale, float *s, int64_t low, 
         total += e, moment += e * y;
         *(vf *)(s + j) = e;
     }
-    float keys = sum(total), z = keys + (layer->sinks ? expf(sink - most) : 0.0f), norm = 1.0f / z;
+    int broken = any(lost) || !isfinite(most);
+    float keys = sum(total), z = keys + (layer->sinks ? expf(sink - most) : 0.0f), norm = broken ? NAN : 1.0f / z;
     float share = keys * norm, mass = 0.0f;
     int64_t stop = prompt < high ? prompt : high;
     vf part = splat(0.0f), best = splat(0.0f);
@@ -302,8 +336,49 @@ static void softmax_row(const Layer *layer, float scale, float *s, int64_t low, 
     features[1] = (low == 0 ? s[0] : 0.0f) + (1.0f - share > 0.0f ? 1.0f - share : 0.0f);
     features[2] = mass + sum(part);
     features[3] = s[high - 1];
+    for (int f = 0; broken && f < FEATURES; f++) features[f] = NAN;
+    for (int64_t j = 0; broken && out && j < low; j++) store_one(out, at + j, dtype, NAN);
     tops[0] = largest(best);
     tops[1] = tops[0] > 0.0f ? (float)first_equal(s, low > 1 ? low : 1, high, tops[0]) : -1.0f;
+}
+
+enum { AT_ONCE = 4, TOGETHER = 16 }; /* queries that score_block takes, and rows of a prompt that share a block */
+
+/* Scores of `count` queries of one KV head against keys low ... high of one request, query i's at scores + i * stride.
+ * tile: room for one block. */
+static void score_range(const Layer *layer, int64_t group, const char *cache, const int32_t *table, int64_t low,
+                        int64_t high, const float *queries, int count, float *scores, int64_t stride, float *tile) {
+    int64_t size = layer->head_size, bytes = bytes_of(layer->dtype);
+    int64_t adjacent = !layer->offsets && layer->per_token == 1;
+    for (int64_t b = low / layer->block_size; b * layer->block_size < high; b++) {
+        const char *block = cache + ((int64_t)table[b] * layer->block_stride + group * layer->head_stride) * bytes;
+        int64_t start = b * layer->block_size, left = high - start, per_dim = layer->block_size;
+        int64_t tokens = left < layer->block_size ? (left + LANES - 1) / LANES * LANES : layer->block_size;
+        const char *keys = (char *)tile;
+        int dtype = F32;
+        if (adjacent && layer->dtype < E4M3) {
+            keys = block + layer->first * bytes, dtype = (int)layer->dtype, per_dim = layer->per_dim;
+        } else if (adjacent) {
+            widen_block(layer, block + layer->first, tokens, tile);
+        } else {
+            gather_block(layer, block, tile);
+        }
+        for (int at = 0; at < count; at += AT_ONCE)
+            score_block(keys, dtype, per_dim, tokens, queries + at * size, size, scores + at * stride + start, stride,
+                        count - at < AT_ONCE ? count - at : AT_ONCE);
+    }
+}
+
+INLINE void load_query(const Layer *layer, const void *query, int64_t at, float *out) {
+    for (int64_t d = 0; d < layer->head_size; d++) out[d] = load_one(query, at + d, (int)layer->query_dtype);
+}
+
+/* Scores s[low ... high) of one head to weights, whatever the layer does on the way; see softmax_row. */
+INLINE void finish_row(const Layer *layer, float *s, int64_t low, int64_t high, int64_t prompt, int64_t head,
+                       float *features, float *tops, char *out, int64_t at, int dtype) {
+    int more = layer->soft_cap != 0.0f || layer->slopes;
+    if (more) adjust(layer, s, low, high, high - 1, head);
+    softmax_row(layer, more ? 1.0f : layer->scale, s, low, high, prompt, head, features, tops, out, at, dtype);
 }
 
 /* All chosen query heads of one KV head of one row. scratch: 4 score rows of `stride`, 4 queries, one gathered block. */
@@ -312,40 +387,21 @@ static void attend_group(const Layer *layer, const Row *row, int64_t group, cons
                          float *tops, float *scratch, int64_t stride) {
     int64_t size = layer->head_size, per_group = layer->heads / layer->kv_heads, high = row->position + 1;
     int64_t low = layer->window && high > layer->window ? high - layer->window : 0;
-    int64_t bytes = layer->dtype == F32 ? 4 : 2, adjacent = !layer->offsets && layer->per_token == 1;
-    float *queries = scratch + 4 * stride, *tile = queries + 4 * size;
-    int64_t slots[4];
+    float *queries = scratch + AT_ONCE * stride, *tile = queries + AT_ONCE * size;
+    int64_t slots[AT_ONCE];
     for (int64_t at = 0; at < row->head_count;) {
         int count = 0;
-        for (; at < row->head_count && count < 4; at++) {
+        for (; at < row->head_count && count < AT_ONCE; at++) {
             int64_t head = row->heads[at];
             if (head / per_group != group || head >= layer->heads) continue;
-            for (int64_t d = 0; d < size; d++)
-                queries[count * size + d] =
-                    load_one(query, row->query * query_row + head * query_head + d, (int)layer->dtype);
+            load_query(layer, query, row->query * query_row + head * query_head, queries + count * size);
             slots[count++] = at;
         }
         if (!count) continue;
-        for (int64_t b = low / layer->block_size; b * layer->block_size < high; b++) {
-            const char *block = cache + ((int64_t)table[b] * layer->block_stride + group * layer->head_stride) * bytes;
-            int64_t start = b * layer->block_size, left = high - start;
-            int64_t tokens = left < layer->block_size ? (left + LANES - 1) / LANES * LANES : layer->block_size;
-            if (adjacent) {
-                score_block(block + layer->first * bytes, (int)layer->dtype, layer->per_dim, tokens, queries, size,
-                            scratch + start, stride, count);
-            } else {
-                gather_block(layer, block, tile);
-                score_block((char *)tile, F32, layer->block_size, tokens, queries, size, scratch + start, stride, count);
-            }
-        }
-        for (int h = 0; h < count; h++) {
-            float *s = scratch + h * stride;
-            int64_t head = row->heads[slots[h]];
-            int more = layer->soft_cap != 0.0f || layer->slopes;
-            if (more) adjust(layer, s, low, high, row->position, head);
-            softmax_row(layer, more ? 1.0f : layer->scale, s, low, high, row->prompt, head,
-                        features + slots[h] * FEATURES, tops + slots[h] * TOPS, out, slots[h] * high, (int)row->dtype);
-        }
+        score_range(layer, group, cache, table, low, high, queries, count, scratch, stride, tile);
+        for (int h = 0; h < count; h++)
+            finish_row(layer, scratch + h * stride, low, high, row->prompt, row->heads[slots[h]],
+                       features + slots[h] * FEATURES, tops + slots[h] * TOPS, out, slots[h] * high, (int)row->dtype);
     }
 }
 
@@ -362,7 +418,12 @@ static void blank_heads(const Layer *layer, const Row *row, char *out, float *fe
 
 /* Floats of scratch that one thread needs. */
 int64_t scratch_floats(int64_t stride, int64_t head_size, int64_t block_size) {
-    return 4 * stride + (4 + block_size) * head_size;
+    return AT_ONCE * stride + (AT_ONCE + block_size) * head_size;
+}
+
+/* The same for attend_prompt. */
+int64_t prompt_floats(int64_t stride, int64_t head_size, int64_t block_size) {
+    return TOGETHER * stride + (TOGETHER + block_size) * head_size;
 }
 
 int64_t threads(void) {
@@ -398,6 +459,39 @@ void attend(const Layer *layer, const Row *rows, int64_t count, const uint64_t *
     }
 }
 
+/* `count` successive rows of a prompt's map of one layer, the first of them `row`, for the row's heads, all of which the
+ * layer has. out: [heads, count, keys], in the row's type, zeros after each row's own position; table: this request's
+ * blocks. scratch: for each thread `prompt_floats(stride, ...)`, with stride as for `attend`. */
+void attend_prompt(const Layer *layer, const Row *row, int64_t count, int64_t keys, char *out, const void *query,
+                   int64_t query_row, int64_t query_head, const char *cache, const int32_t *table, float *scratch,
+                   int64_t stride) {
+    int64_t size = layer->head_size, each = prompt_floats(stride, size, layer->block_size);
+    int64_t parts = (count + TOGETHER - 1) / TOGETHER, tasks = row->head_count * parts, bytes = row->dtype == F32 ? 4 : 2;
+#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t slot = task / parts, first = task % parts * TOGETHER, head = row->heads[slot], thread = 0;
+        int rows = count - first < TOGETHER ? (int)(count - first) : TOGETHER;
+#if defined(_OPENMP)
+        thread = omp_get_thread_num();
+#endif
+        float *scores = scratch + thread * each, *queries = scores + TOGETHER * stride, *tile = queries + TOGETHER * size;
+        float features[FEATURES], tops[TOPS];
+        int64_t position = row->position + first;
+        int64_t low = layer->window && position + 1 > layer->window ? position + 1 - layer->window : 0;
+        for (int r = 0; r < rows; r++)
+            load_query(layer, query, (row->query + first + r) * query_row + head * query_head, queries + r * size);
+        score_range(layer, head / (layer->heads / layer->kv_heads), cache, table, low, position + rows, queries, rows,
+                    scores, stride, tile);
+        for (int r = 0; r < rows; r++) {
+            int64_t high = position + r + 1, from = layer->window && high > layer->window ? high - layer->window : 0;
+            int64_t at = (slot * count + first + r) * keys;
+            finish_row(layer, scores + r * stride, from, high, row->prompt, head, features, tops, out, at,
+                       (int)row->dtype);
+            memset(out + (at + high) * bytes, 0, (size_t)((keys - high) * bytes));
+        }
+    }
+}
+
 typedef struct {
     int64_t query, queries; /* first row of the query tensor, and how many */
     int64_t table;          /* row of the block table */
@@ -407,13 +501,14 @@ typedef struct {
     int64_t query_stride, key_stride; /* elements from one position to the next, in what is stored */
 } Pick;
 
-INLINE void copy_row(const void *from, int64_t at, int from_dtype, int64_t step, void *to, int64_t place, int dtype,
-                     int64_t size) {
-    for (int64_t d = 0; d < size; d++) store_one(to, place + d, dtype, load_one(from, at + d * step, from_dtype));
+INLINE void copy_row(const void *from, int64_t at, int from_dtype, int64_t step, float scale, void *to, int64_t place,
+                     int dtype, int64_t size) {
+    for (int64_t d = 0; d < size; d++)
+        store_one(to, place + d, dtype, load_one(from, at + d * step, from_dtype) * scale);
 }
 
 static void pick_keys(const Layer *layer, const Pick *pick, const char *cache, const int32_t *table, void *out) {
-    int64_t size = layer->head_size, bytes = layer->dtype == F32 ? 4 : 2;
+    int64_t size = layer->head_size, bytes = bytes_of(layer->dtype);
     int64_t visible = layer->window ? pick->computed + 1 - layer->window : 0;
     for (int64_t i = 0; i < pick->keys; i++) {
         int64_t position = pick->key + i, token = position % layer->block_size;
@@ -427,18 +522,18 @@ static void pick_keys(const Layer *layer, const Pick *pick, const char *cache, c
             const char *base = cache + (block * layer->block_stride + h * layer->head_stride) * bytes;
             int64_t place = i * pick->key_stride + h * size;
             if (!layer->offsets) {
-                copy_row(base, layer->first + token * layer->per_token, (int)layer->dtype, layer->per_dim, out, place,
-                         (int)pick->dtype, size);
+                copy_row(base, layer->first + token * layer->per_token, (int)layer->dtype, layer->per_dim,
+                         layer->key_scale, out, place, (int)pick->dtype, size);
                 continue;
             }
             for (int64_t d = 0; d < size; d++)
                 store_one(out, place + d, (int)pick->dtype,
-                          load_one(base, layer->offsets[token * size + d], (int)layer->dtype));
+                          load_one(base, layer->offsets[token * size + d], (int)layer->dtype) * layer->key_scale);
         }
     }
 }
 
-/* Queries and keys of one layer, as they are, for every row that wants them.
+/* Queries and keys of one layer, as they are (fp8 ones as the numbers they stand for), for every row that wants them.
  * queries, keys: [rows] addresses of this layer's part of [positions, layers, heads, head_size], or 0. */
 void collect(const Layer *layer, const Pick *picks, int64_t count, const uint64_t *queries, const uint64_t *keys,
              const void *query, int64_t query_row, int64_t query_head, const char *cache, const int32_t *table,
@@ -449,7 +544,7 @@ void collect(const Layer *layer, const Pick *picks, int64_t count, const uint64_
         void *out = (void *)(uintptr_t)queries[r], *key_out = (void *)(uintptr_t)keys[r];
         for (int64_t i = 0; out && i < pick->queries; i++)
             for (int64_t h = 0; h < layer->heads; h++)
-                copy_row(query, (pick->query + i) * query_row + h * query_head, (int)layer->dtype, 1, out,
+                copy_row(query, (pick->query + i) * query_row + h * query_head, (int)layer->query_dtype, 1, 1.0f, out,
                          i * pick->query_stride + h * layer->head_size, (int)pick->dtype, layer->head_size);
         if (key_out) pick_keys(layer, pick, cache, table + pick->table * table_stride, key_out);
     }
@@ -476,11 +571,13 @@ void summarise(const float *features, const float *tops, int64_t count, double *
 
 enum { NUMBERS = 3 };
 
-/* Keeps the `k` largest in descending order, the first of equals first. */
+INLINE int before(float a, float b) { return isnan(a) ? !isnan(b) : a > b; }
+
+/* Keeps the `k` largest in descending order, the first of equals first; NaN is larger than any number, as in torch. */
 static void insert(float *best, int32_t *ids, int64_t k, float z, int32_t id) {
-    if (!(z > best[k - 1])) return;
+    if (!before(z, best[k - 1])) return;
     int64_t at = k - 1;
-    for (; at > 0 && z > best[at - 1]; at--) best[at] = best[at - 1], ids[at] = ids[at - 1];
+    for (; at > 0 && before(z, best[at - 1]); at--) best[at] = best[at - 1], ids[at] = ids[at - 1];
     best[at] = z, ids[at] = id;
 }
 
@@ -489,13 +586,14 @@ static void top_logits(const void *z, int dtype, int64_t vocab, int64_t k, float
     int64_t i = 0;
     for (; i + LANES <= vocab; i += LANES) {
         vf v = load(z, i, dtype);
-        if (any(v > best[k - 1]))
+        if (any(~(v <= best[k - 1])))
             for (int j = 0; j < LANES; j++) insert(best, ids, k, v[j], (int32_t)(i + j));
     }
     for (; i < vocab; i++) insert(best, ids, k, load_one(z, i, dtype), (int32_t)i);
 }
 
-/* One row: logsumexp, entropy and varentropy; the row itself to `copy` (dtype F32 or F16) if that is not NULL. */
+/* One row: logsumexp, entropy and varentropy; the row itself to `copy` (dtype F32 or F16) if that is not NULL.
+ * A largest logit that is no finite number makes all three NaN, as in torch. */
 static void one_row(const void *z, int dtype, int64_t vocab, float most, float *numbers, void *copy, int copy_dtype) {
     double total = 0.0, first = 0.0, second = 0.0;
     for (int64_t start = 0; start < vocab; start += 1024) { /* short float sums, added up in double */
@@ -519,6 +617,7 @@ static void one_row(const void *z, int dtype, int64_t vocab, float most, float *
     numbers[0] = most + (float)log(total);
     numbers[1] = (float)(log(total) - first);
     numbers[2] = (float)(spread > 0.0 ? spread : 0.0);
+    for (int i = 0; !isfinite(most) && i < NUMBERS; i++) numbers[i] = NAN;
 }
 
 /* Statistics of raw logits [rows, vocab], `stride` elements from row to row.
