@@ -85,5 +85,8 @@ class Runner(Protocol):
     def view(self) -> StepView:
         """The batch as the model sees it; valid from the first attention layer until sampling."""
 
+    def head(self, hidden: Any) -> Any:
+        """Raw logits [rows, vocab] of hidden states [rows, width] after the final norm."""
+
     def demote(self, demoted: bool) -> None:
         """Keep (or stop keeping) the coming steps off FULL CUDA graphs, under which no Python runs."""

@@ -15,10 +15,11 @@ import torch
 
 from tracer.config import Settings
 from tracer.export import Channel, process_channel, publish_engine
-from tracer.records import EngineInfo, LayerInfo
+from tracer.records import EngineInfo, LayerInfo, MembersInfo
 from tracer.worker import compat
 from tracer.worker.layers import describe_layers
 from tracer.worker.maths import choose
+from tracer.worker.points import placed
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.step import StepTracer
@@ -135,6 +136,24 @@ def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None)
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         logits_unsupported=reason,
         attention_unsupported=reason or (None if usable else refused),
+        members=_members(worker) if reason is None else MembersInfo(reason, 0, 0, reason, (), reason),
+    )
+
+
+def _members(worker: Any) -> MembersInfo:
+    """What can be captured besides logits and attention; all of it of whole steps on one rank."""
+    config, found = worker.vllm_config, placed(worker)
+    checks = (
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.parallel_config.tensor_parallel_size > 1, "tensor parallelism"),
+    )
+    why = next((f"unavailable: not supported together with {what}" for failed, what in checks if failed), None)
+    lora = "unavailable: adapters change the head by the rows that are sampled" if config.lora_config else None
+    return replace(
+        found,
+        prompt_logits_unsupported=why or lora,
+        hidden_states_unsupported=why or found.hidden_states_unsupported,
+        router_unsupported=why or found.router_unsupported,
     )
 
 
