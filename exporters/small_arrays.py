@@ -14,6 +14,7 @@ from exporters.shards import make_directory, write_json, write_new
 from exporters.zarr_arrays import METADATA
 from exporters.zarr_facts import AttentionAxes, attention_axes, token_text
 from tracer import schema
+from tracer.member_layouts import hidden_layers, router_layers
 from tracer.records import AttentionSpec, EngineInfo, GenerationEnd, GenerationStart
 from tracer.schema import ArrayLayout, flat_metadata
 
@@ -52,6 +53,10 @@ class SmallArrays:
             known = attention_axes(AttentionSpec(spec.layers), self._engine)
             layers = known.layers if known is not None else range(sizes["qk_layer"])
             self._write("qk_layer", "qk_layer", np.array(layers, np.int32))
+        for dim, known_layers in (("hidden_layer", hidden_layers), ("router_layer", router_layers)):
+            if dim in sizes and dim not in self.metadata and self._start.capture is not None:
+                indices = known_layers(self._start.capture, self._engine) or range(sizes[dim])
+                self._write(dim, dim, np.array(indices, np.int32))
 
     def end(self, columns: Mapping[str, Array], end: GenerationEnd, *, text: bool) -> None:
         """The numbers of each step and, with `text`, the bytes of all tokens."""

@@ -106,7 +106,7 @@ class StepRows:
         if first in shard:  # A later attempt: its row may have fewer blocks.
             shard.clear(first, first + self._part_blocks)
         placed = shard.append(first, self._encode(row))
-        infinite = _infinities(row) if self.layout.dims[-1] in ("vocab", "dim") else 0
+        infinite = _infinities(row) if self.layout.dims[-1] in ("vocab", "dim", "hidden") else 0
         self.overflow += infinite
         return Put(part, placed, infinite)
 

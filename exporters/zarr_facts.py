@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracer import schema
+from tracer.member_layouts import COUNTED, MEMBER_ARRAYS, member_layout, member_limits
+from tracer.member_records import PROMPT_ARRAYS
 from tracer.records import (
     AttentionSpec,
     CaptureSpec,
@@ -88,6 +90,8 @@ def row_layout(
     assert spec is not None
     if name in QK:
         return _qk_layout(name, shape, spec, engine)
+    if name in MEMBER_ARRAYS:
+        return member_layout(name, shape, spec, engine)
     layout: ArrayLayout | None = None
     match name, shape:
         case schema.LOGITS, (vocab,) if spec.logits is not None:
@@ -121,7 +125,8 @@ def qk_dtype(spec: QKSpec, engine: EngineInfo | None) -> str:
 
 def prompt_lengths(start: GenerationStart) -> dict[str, int]:
     """Rows of the arrays that go by the prompt's positions: all before the last, which is step 0."""
-    return dict.fromkeys((schema.QUERY_PROMPT, schema.KEY_PROMPT), max(start.prompt_tokens - 1, 0))
+    names = (schema.QUERY_PROMPT, schema.KEY_PROMPT, *PROMPT_ARRAYS)
+    return dict.fromkeys(names, max(start.prompt_tokens - 1, 0))
 
 
 def limits(spec: CaptureSpec, engine: EngineInfo | None) -> list[tuple[str, str, str]]:
@@ -139,7 +144,7 @@ def limits(spec: CaptureSpec, engine: EngineInfo | None) -> list[tuple[str, str,
         axes = attention_axes(wanted, engine)
         refused = axes.refused if axes is not None else ()
         out += [(array, f"layer {layer.index}", layer.unsupported or "") for layer in refused]
-    return out
+    return out + member_limits(spec, engine)
 
 
 def stored_facts(
@@ -152,7 +157,7 @@ def stored_facts(
         kind = metadata["data_type"]
         if name in (schema.ATTENTION, schema.ATTENTION_PREFILL):
             out[name] = {"source_dtype": "float32", "stored_dtype": kind}
-        elif name in overflow and name not in (schema.LOGITS_TOPK_ID, schema.ATTENTION_SUMMARY):
+        elif name in (schema.LOGITS, schema.LOGITS_TOPK, *QK, *COUNTED):
             out[name] = {"source_dtype": source, "stored_dtype": kind, "overflow": overflow[name]}
     return out
 

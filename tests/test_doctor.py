@@ -175,6 +175,8 @@ def test_the_printed_report(answered: dict[str, Any], tmp_path: Path, capsys: py
     assert "logits: no: no sampler here" in out
     assert "attention: 2 of 3 layers" in out
     assert "not model.layers.1.attn: MLA" in out
+    assert "prompt_logits: yes" in out
+    assert "hidden_states: no: unavailable: the worker has not said that it can" in out
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tracer.config import Settings
+from tracer.configure import ExporterProcess
 from tracer.errors import SettingsError
 from tracer.export import Channel, engine_infos, publish_engine, socket_path
-from tracer.records import EngineInfo, GenerationEnd, GenerationStart, RequestSpan, StepRecord
+from tracer.records import EngineInfo, GenerationEnd, GenerationStart, Record, RequestSpan, StepRecord
 
 TRACE = "a" * 32
 INFO = EngineInfo("m", "0.32.0", "V1", "cpu", "float32", 8, 64)
@@ -78,6 +79,47 @@ def test_steps_wait_for_the_start_of_their_generation(settings: Settings) -> Non
     assert sorted(spans(settings)) == ["chat m", "prefill"]
     worker.close()
     api.close()
+
+
+class Kept:
+    """An exporter that remembers the kinds of what it got."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def export(self, record: Record, payload: memoryview) -> None:
+        self.kinds.append(type(record).__name__)
+
+    def force_flush(self, timeout_s: float) -> bool:
+        return True
+
+    def pending(self) -> tuple[str, ...]:
+        return ()
+
+    def shutdown(self, timeout_s: float) -> bool:
+        return True
+
+
+def test_an_api_process_that_has_just_connected_is_heard_before_the_worker(settings: Settings) -> None:
+    """Its first request: it connects, announces, and the worker's first step follows before it was even accepted."""
+    kept = Kept()
+    process = ExporterProcess(Path(settings.socket), [kept])
+    worker, api = Channel(settings, "worker", 1 << 20), Channel(settings, "api", 1 << 20)
+    start, step, _ = generation("b" * 15 + "3")
+    assert worker.connect()
+    process._wait()  # Accepts it,
+    process._wait()  # and hears who it is.
+    assert api.connect()
+    assert all([api.send(start), worker.send(step)])
+    process._drain()
+    assert kept.kinds == ["GenerationStart", "StepRecord"]
+    assert process._assembler.orphans == 0
+    assert not process._accept(), "an event that was seen to already takes no time"
+    worker.close()
+    api.close()
+    for client in list(process._clients):
+        process._leave(client)
+    process._finish()
 
 
 def test_a_full_ring_refuses_and_counts(settings: Settings) -> None:

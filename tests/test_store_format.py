@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tracer import schema
+from tracer.member_layouts import MEMBER_ARRAYS
 
 PAGE = Path(__file__).parents[1] / "docs" / "store-format.md"
 GOLDEN = Path(__file__).parent / "data" / f"golden-v{schema.VERSION}"
@@ -31,6 +32,6 @@ def test_every_array_and_step_number_is_described() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name in (*schema.STEP_NUMBERS, *schema.FEATURES, schema.LOGITS, schema.LOGITS_TOPK, schema.LOGITS_TOPK_ID,
                  schema.ATTENTION, schema.ATTENTION_PREFILL, schema.ATTENTION_SUMMARY, schema.QUERY, schema.KEY,
-                 schema.QUERY_PROMPT, schema.KEY_PROMPT):  # fmt: skip
+                 schema.QUERY_PROMPT, schema.KEY_PROMPT, *MEMBER_ARRAYS):  # fmt: skip
         assert f"`{name}`" in text, name
     assert f"version {schema.VERSION}" in text

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tracer import config, remote, schema
 from tracer.capture_files import removed
+from tracer.capture_members import CaptureMembers
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token, join_text
 from tracer.errors import CaptureNotFoundError, FormatError
 from tracer.rebuilt import RebuiltLayers
@@ -31,7 +32,7 @@ NAN: Final = float("nan")
 STEPWISE: Final = "step"
 
 
-class Capture:
+class Capture(CaptureMembers):
     """The stored tensors of one generation. `open_capture` makes these."""
 
     def __init__(self, location: str, group: zarr.Group, step_index: int | None = None) -> None:
@@ -310,9 +311,9 @@ class Capture:
             raise KeyError(f"this capture holds no {name}: {self._why_absent(name)}")
         return self._data[name]
 
-    def _layers(self, name: str) -> AttentionLayers:
+    def _layers(self, name: str, axis: str = "layer") -> AttentionLayers:
         array = self._data.get(name)
-        return AttentionLayers(name, array, self._why_absent(name) if array is None else "")
+        return AttentionLayers(name, array, self._why_absent(name) if array is None else "", axis)
 
     def _why_absent(self, name: str) -> str:
         reasons = [entry["reason"] for entry in self.missing if entry["array"] in (name, "*")]
@@ -359,7 +360,7 @@ class Capture:
     def __repr__(self) -> str:
         """A few lines: identity, state, sizes, and what is missing."""
         state = "complete" if self.complete else "closed, incomplete" if self.closed else "not closed"
-        big = [name for name in self.arrays if name.startswith(("logits", "attention", "query", "key"))]
+        big = [name for name in self.arrays if self._data[name].ndim > 1]
         lines = [f"<tensorspan.Capture {self.trace_id}/{self.span_id}: {state}>", f"  model   {self.attrs['model']}"]
         lines += [f"  tokens  {self.prompt_tokens} prompt, {self.num_steps} steps"]
         lines += [f"  {name}  {dict(self._data[name].sizes)} {self._data[name].dtype}" for name in big]

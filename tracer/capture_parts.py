@@ -62,12 +62,13 @@ class Alternative:
 
 
 class AttentionLayers(Mapping[int, xr.DataArray]):
-    """Captured layers by the model's index, each a lazy array without the `layer` axis."""
+    """Captured layers by the model's index, each a lazy array without the axis of layers."""
 
-    def __init__(self, name: str, array: xr.DataArray | None, reason: str) -> None:
+    def __init__(self, name: str, array: xr.DataArray | None, reason: str, axis: str = "layer") -> None:
         self._name = name
         self._array = array
         self._reason = reason
+        self._axis = axis
 
     def __getitem__(self, layer: int) -> xr.DataArray:
         """One layer; KeyError names the layers that exist."""
@@ -76,15 +77,15 @@ class AttentionLayers(Mapping[int, xr.DataArray]):
             raise KeyError(f"this capture holds no {self._name}: {self._reason}")
         if layer not in layers:
             raise KeyError(f"layer {layer} is not in this capture's {self._name}; it has {layers}")
-        return self._array.isel(layer=layers.index(layer))
+        return self._array.isel({self._axis: layers.index(layer)})
 
     def __iter__(self) -> Iterator[int]:
         """The model's layer indices, ascending."""
-        return iter(() if self._array is None else self._array["layer"].to_numpy().tolist())
+        return iter(() if self._array is None else self._array[self._axis].to_numpy().tolist())
 
     def __len__(self) -> int:
         """How many layers were captured."""
-        return 0 if self._array is None else self._array.sizes["layer"]
+        return 0 if self._array is None else self._array.sizes[self._axis]
 
     def __repr__(self) -> str:
         """Layers, sizes and type, or why there are none."""

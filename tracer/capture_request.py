@@ -1,8 +1,8 @@
 """The grammar of `Trace-Capture`: text to `CaptureSpec`, back again, and against what the engine has.
 
-The text is an RFC 9651 Dictionary with the members `logits`, `attention`, `qk` and `summary`, the same in the header,
-in the request field `vllm_xargs.trace_capture` and offline. A member that is not understood is refused, never ignored:
-an answer without the tensors that were asked for cannot be generated a second time.
+The text is an RFC 9651 Dictionary with the members of `_PARAMETERS`, the same in the header, in the request field
+`vllm_xargs.trace_capture` and offline. A member that is not understood is refused, never ignored: an answer without the
+tensors that were asked for cannot be generated a second time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from typing import Any, Final, NoReturn, cast
 
 from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError
 from tracer.ranks import UNAVAILABLE, whole_engines
-from tracer.records import ArrayDtype, AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, QKSpec
+from tracer.records import (
+    ArrayDtype,
+    AttentionSpec,
+    CaptureSpec,
+    EngineInfo,
+    HiddenSpec,
+    LayerInfo,
+    LogitsSpec,
+    QKSpec,
+    RouterSpec,
+)
 
 __all__ = ["MAX_TEXT", "check_capture", "format_capture", "parse_capture"]
 
@@ -26,14 +36,22 @@ MAX_INDEX: Final = 1023
 _PARAMETERS: Final = {
     "logits": ("top", "dtype"),
     "attention": ("heads", "rows", "dtype"),
-    "summary": (),
     "qk": ("rows", "dtype"),
+    "summary": (),
+    "prompt_logits": ("top", "dtype"),
+    "hidden_states": ("rows", "dtype"),
+    "router": ("rows",),
 }
-_MEMBERS: Final = "logits, attention, qk, summary"
+_LISTED: Final = ("attention", "qk", "hidden_states", "router")
+"""Members that may have an inner list of layers."""
+_MEMBERS: Final = ", ".join(_PARAMETERS)
 _EXAMPLES: Final = {
     "logits": "logits;top=256",
     "attention": 'attention=(0 14);heads="0-3,7";rows=all',
     "qk": "qk=(0 14);rows=all",
+    "prompt_logits": "prompt_logits;top=256",
+    "hidden_states": "hidden_states=(0 14);rows=all",
+    "router": "router=(0 14);rows=all",
 }
 _RANGE: Final = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
@@ -49,10 +67,13 @@ def parse_capture(text: str) -> CaptureSpec | None:
         _check_member(name, value, parameters)
     on = {name: field for name, field in fields.items() if field[0] is not False}
     spec = CaptureSpec(
-        logits=_logits(on["logits"][1]) if "logits" in on else None,
+        logits=_logits("logits", on["logits"][1]) if "logits" in on else None,
         attention=_attention(*on["attention"]) if "attention" in on else None,
         summary="summary" in on,
         qk=_qk(*on["qk"]) if "qk" in on else None,
+        prompt_logits=_logits("prompt_logits", on["prompt_logits"][1]) if "prompt_logits" in on else None,
+        hidden_states=_hidden(*on["hidden_states"]) if "hidden_states" in on else None,
+        router=_router(*on["router"]) if "router" in on else None,
     )
     return None if spec == CaptureSpec() else spec
 
@@ -60,17 +81,20 @@ def parse_capture(text: str) -> CaptureSpec | None:
 def format_capture(spec: CaptureSpec) -> str:
     """The canonical text of `spec`: `parse_capture` gives an equal one back."""
     members = []
-    if (logits := spec.logits) is not None:
-        top = "" if logits.top is None else f";top={logits.top}"
-        members.append(f"logits{top}{_format_dtype(logits.dtype)}")
+    if spec.logits is not None:
+        members.append(_format_logits("logits", spec.logits))
     if (attention := spec.attention) is not None:
         layers = _format_layers(attention.layers)
         heads = "" if attention.heads is None else f';heads="{_ranges(attention.heads)}"'
-        rows = ";rows=all" if attention.rows == "all" else ""
-        members.append(f"attention{layers}{heads}{rows}{_format_dtype(attention.dtype)}")
-    if (qk := spec.qk) is not None:
-        dtype = "" if qk.dtype is None else f";dtype={qk.dtype}"
-        members.append(f"qk{_format_layers(qk.layers)}{';rows=all' if qk.rows == 'all' else ''}{dtype}")
+        members.append(f"attention{layers}{heads}{_format_rows(attention.rows)}{_format_dtype(attention.dtype)}")
+    for name, item in (("qk", spec.qk), ("hidden_states", spec.hidden_states)):
+        if item is not None:
+            dtype = "" if item.dtype is None else f";dtype={item.dtype}"
+            members.append(f"{name}{_format_layers(item.layers)}{_format_rows(item.rows)}{dtype}")
+    if spec.router is not None:
+        members.append(f"router{_format_layers(spec.router.layers)}{_format_rows(spec.router.rows)}")
+    if spec.prompt_logits is not None:
+        members.append(_format_logits("prompt_logits", spec.prompt_logits))
     if spec.summary:
         members.append("summary")
     return ", ".join(members)
@@ -87,7 +111,7 @@ def check_capture(spec: CaptureSpec, engines: Sequence[EngineInfo]) -> None:
     if spec.logits is not None:
         for engine in engines:
             _refuse_if("logits", engine.logits_unsupported)
-        _check_top(spec.logits, engines)
+        _check_top("logits", spec.logits, engines)
     if spec.wants_attention:
         member = "attention" if spec.attention is not None else "summary"
         for engine in engines:
@@ -98,6 +122,32 @@ def check_capture(spec: CaptureSpec, engines: Sequence[EngineInfo]) -> None:
             _refuse_if("qk", engine.attention_unsupported)
         _check_attention("qk", AttentionSpec(layers=spec.qk.layers), _layers(engines))
         _check_same_shape(spec.qk, _layers(engines))
+    for engine in engines:
+        _check_members(spec, engine)
+    if spec.prompt_logits is not None:
+        _check_top("prompt_logits", spec.prompt_logits, engines)
+
+
+def _check_members(spec: CaptureSpec, engine: EngineInfo) -> None:
+    """Prompt logits, hidden states and choices of experts."""
+    known = engine.members
+    if spec.prompt_logits is not None:
+        _refuse_if("prompt_logits", engine.logits_unsupported or known.prompt_logits_unsupported)
+    if spec.hidden_states is not None:
+        _refuse_if("hidden_states", engine.logits_unsupported or known.hidden_states_unsupported)
+        last = known.hidden_states - 1
+        for index in spec.hidden_states.layers or ():
+            if index > last:
+                allowed = f"this model has 0-{last}: what the first layer reads, and what each layer leaves"
+                _refuse("hidden_states", f"index {index} is out of range", allowed, f"hidden_states=({last})")
+    if spec.router is not None:
+        _refuse_if("router", engine.logits_unsupported or known.router_unsupported)
+        reasons = {layer.index: layer.unsupported for layer in known.routers}
+        for index in spec.router.layers or ():
+            if index not in reasons:
+                allowed = f"this model has experts in layers {_ranges(sorted(reasons))}"
+                _refuse("router", f"layer {index} has no router", allowed, f"router=({max(reasons)})")
+            _refuse_if("router", reasons[index], f"layer {index}: ")
 
 
 def _dictionary(text: str) -> dict[str, tuple[Any, Mapping[str, Any]]]:
@@ -122,7 +172,7 @@ def _check_member(name: str, value: Any, parameters: Mapping[str, Any]) -> None:
     """Refuse an unknown member, a value that no member has, and an unknown parameter."""
     if name not in _PARAMETERS:
         _refuse(name, "unknown member", _MEMBERS)
-    listed = name in ("attention", "qk")
+    listed = name in _LISTED
     if not (isinstance(value, bool) or (listed and isinstance(value, list))):
         layers = ", an inner list of layers" if listed else ""
         _refuse(name, f"the value {_show(value)} is not understood", f"the bare word{layers}, or ?0 (off)")
@@ -131,18 +181,18 @@ def _check_member(name: str, value: Any, parameters: Mapping[str, Any]) -> None:
             _refuse(name, f"unknown parameter {parameter!r}", ", ".join(_PARAMETERS[name]) or "no parameters")
 
 
-def _logits(parameters: Mapping[str, Any]) -> LogitsSpec:
+def _logits(member: str, parameters: Mapping[str, Any]) -> LogitsSpec:
     top = parameters.get("top")
     if top is not None and (type(top) is not int or top < 1):
-        _refuse("logits", f"top={_show(top)}", "top=K with a whole number K of at least 1")
-    return LogitsSpec(top, _dtype("logits", parameters))
+        _refuse(member, f"top={_show(top)}", "top=K with a whole number K of at least 1")
+    return LogitsSpec(top, _dtype(member, parameters))
 
 
 def _attention(value: Any, parameters: Mapping[str, Any]) -> AttentionSpec:
     return AttentionSpec(
         layers=None if value is True else _layer_list("attention", value),
         heads=_head_list(parameters["heads"]) if "heads" in parameters else None,
-        rows=cast(Any, _word("attention", "rows", parameters, ("decode", "all"))),
+        rows=_rows("attention", parameters),
         dtype=_dtype("attention", parameters),
     )
 
@@ -150,9 +200,25 @@ def _attention(value: Any, parameters: Mapping[str, Any]) -> AttentionSpec:
 def _qk(value: Any, parameters: Mapping[str, Any]) -> QKSpec:
     return QKSpec(
         layers=None if value is True else _layer_list("qk", value),
-        rows=cast(Any, _word("qk", "rows", parameters, ("decode", "all"))),
+        rows=_rows("qk", parameters),
         dtype=_dtype("qk", parameters) if "dtype" in parameters else None,
     )
+
+
+def _hidden(value: Any, parameters: Mapping[str, Any]) -> HiddenSpec:
+    return HiddenSpec(
+        layers=None if value is True else _layer_list("hidden_states", value),
+        rows=_rows("hidden_states", parameters),
+        dtype=_dtype("hidden_states", parameters) if "dtype" in parameters else None,
+    )
+
+
+def _router(value: Any, parameters: Mapping[str, Any]) -> RouterSpec:
+    return RouterSpec(None if value is True else _layer_list("router", value), _rows("router", parameters))
+
+
+def _rows(member: str, parameters: Mapping[str, Any]) -> Any:
+    return _word(member, "rows", parameters, ("decode", "all"))
 
 
 def _layer_list(member: str, items: list[tuple[Any, Mapping[str, Any]]]) -> tuple[int, ...]:
@@ -208,11 +274,11 @@ def _refuse_if(member: str, reason: str | None, where: str = "") -> None:
     _refuse(member, f"impossible on this model: {where}{reason}", "what the model has", other)
 
 
-def _check_top(logits: LogitsSpec, engines: Sequence[EngineInfo]) -> None:
+def _check_top(member: str, logits: LogitsSpec, engines: Sequence[EngineInfo]) -> None:
     vocabulary = min(engine.vocab_size for engine in engines)
     if logits.top is not None and logits.top > vocabulary > 0:
         allowed = f"top=1 to top={vocabulary}"
-        _refuse("logits", f"top={logits.top} exceeds the vocabulary", allowed, f"logits;top={min(256, vocabulary)}")
+        _refuse(member, f"top={logits.top} exceeds the vocabulary", allowed, f"{member};top={min(256, vocabulary)}")
 
 
 def _layers(engines: Sequence[EngineInfo]) -> dict[int, LayerInfo]:
@@ -272,6 +338,14 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _format_layers(layers: tuple[int, ...] | None) -> str:
     return "" if layers is None else f"=({' '.join(map(str, layers))})"
+
+
+def _format_logits(member: str, spec: LogitsSpec) -> str:
+    return f"{member}{'' if spec.top is None else f';top={spec.top}'}{_format_dtype(spec.dtype)}"
+
+
+def _format_rows(rows: str) -> str:
+    return ";rows=all" if rows == "all" else ""
 
 
 def _format_dtype(dtype: ArrayDtype) -> str:

@@ -47,6 +47,7 @@ MAX_RUNTIME_PATH: Final = 64
 MAX_SPOOL_NAME: Final = 64
 KUBERNETES: Final = re.compile(r"(service_(host|port)|port)(_.*)?")
 """What Kubernetes sets in every container for a Service that is called `tensorspan`."""
+TAPS: Final = ("hidden_states", "router")
 CAPTURE_POLICIES: Final = ("off", "loopback", "key", "all")
 BUCKET_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
 """Variables that say where a bucket is and who asks."""
@@ -76,8 +77,14 @@ class Settings:
     keep: str = _setting("", "remove captures and spans that are older, such as 12h or 7d, once an hour; empty: never")
     codec: str = _setting("blosc", "compression of stored arrays", ("blosc", "zstd", "none"))
     content: bool = _setting(False, "token IDs and texts on spans; the GenAI content variable switches it on too")
+    taps: str = _setting("", "members that a compiled model is tapped for: hidden_states, router; eager needs none")
     file: str = _setting("", "TOML file with these settings; the environment wins over it")
     socket: str = _setting("", "exporter process's socket; set by tensorspan itself for its child processes")
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """The names in `taps`."""
+        return tuple(part for part in re.split(r"[\s,]+", self.taps) if part)
 
     @property
     def active(self) -> bool:
@@ -106,7 +113,14 @@ def load(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] 
     if _content_opt_in(env):
         values["content"] = True
     _check_duration("keep", values.get("keep", ""))
+    _check_taps(values.get("taps", ""))
     return Settings(**values)
+
+
+def _check_taps(text: str) -> None:
+    unknown = [part for part in re.split(r"[\s,]+", text) if part and part not in TAPS]
+    if unknown:
+        raise SettingsError(f"{PREFIX}TAPS={text}: {unknown[0]!r} is not one of {', '.join(TAPS)}")
 
 
 def publish(settings: Settings) -> None:

@@ -162,16 +162,25 @@ class ExporterProcess:
     def _rings(self) -> list[Ring]:
         return [client.ring for client in self._clients.values() if client.ring is not None]
 
-    def _accept(self) -> None:
-        conn, _ = self._listener.accept()
+    def _accept(self) -> bool:
+        """False if nobody waits (any more: `_meet` may have been faster than an event)."""
+        try:
+            conn, _ = self._listener.accept()
+        except BlockingIOError:
+            return False
         self._clients[conn.fileno()] = _Client(conn)
         self._selector.register(conn, selectors.EVENT_READ)
+        return True
 
     def _receive(self, fd: int) -> None:
         """A hello, wake-up bytes, or the end of a client."""
-        client = self._clients[fd]
+        client = self._clients.get(fd)
+        if client is None:
+            return
         try:
-            data, fds, _, _ = socket.recv_fds(client.conn, 65536, 1)
+            data, fds, _, _ = socket.recv_fds(client.conn, 65536, 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
         except OSError:
             data, fds = b"", []
         if fds:
@@ -185,8 +194,9 @@ class ExporterProcess:
             self._leave(fd)
 
     def _leave(self, fd: int) -> None:
-        self._heard = True  # What it has sent is read now or never.
-        self._drain()
+        if self._clients[fd].ring is not None:
+            self._heard = True  # What it has sent is read now or never.
+            self._drain()
         client = self._clients.pop(fd)
         self._selector.unregister(client.conn)
         client.conn.close()
@@ -207,6 +217,7 @@ class ExporterProcess:
     def _drain(self) -> None:
         """Workers' records up to now, after everything the API processes had said before them."""
         heads = {fd: client.ring.head for fd, client in self._clients.items() if client.ring is not None}
+        self._meet()
         for fd, client in list(self._clients.items()):
             if client.role == "api" and client.ring is not None:
                 self._read(fd, client, client.ring, client.ring.head)
@@ -214,6 +225,14 @@ class ExporterProcess:
         for fd, client in list(self._clients.items()):
             if client.role != "api" and client.ring is not None and fd in heads and (announced or not client.returning):
                 self._read(fd, client, client.ring, heads[fd])
+
+    def _meet(self) -> None:
+        """Hear out whoever has connected by now: what a worker has sent may belong to what a new API process said."""
+        while self._listener.fileno() >= 0 and self._accept():
+            pass
+        for fd, client in list(self._clients.items()):
+            if client.ring is None:
+                self._receive(fd)
 
     def _announced(self) -> bool:
         """True once an API process has been heard, or none is to be waited for any longer."""
@@ -281,6 +300,7 @@ def _listen(path: Path) -> socket.socket:
     listener.bind(str(path))
     path.chmod(0o600)
     listener.listen(64)
+    listener.setblocking(False)
     return listener
 
 

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import Any, Final, Literal
 
 from tracer.capture_request import check_capture, format_capture, parse_capture
-from tracer.records import AttentionSpec, CaptureSpec, LogitsSpec, QKSpec, TraceRequest
+from tracer.records import AttentionSpec, CaptureSpec, HiddenSpec, LogitsSpec, QKSpec, RouterSpec, TraceRequest
 
 __all__ = [
     "ACTIVE",
@@ -107,13 +107,17 @@ def to_extra_args(request: TraceRequest) -> dict[str, Any]:
     capture = request.capture
     out: dict[str, Any] = {"trace_id": request.trace_id, "span_id": request.span_id, "sampled": request.sampled}
     if capture is not None:
-        logits, attention = capture.logits, capture.attention
+        logits, attention, prompt = capture.logits, capture.attention, capture.prompt_logits
+        hidden, router = capture.hidden_states, capture.router
         out["capture"] = {
             "logits": logits and [logits.top, logits.dtype],
             "attention": attention
             and [_listed(attention.layers), _listed(attention.heads), attention.rows, attention.dtype],
             "summary": capture.summary,
             "qk": capture.qk and [_listed(capture.qk.layers), capture.qk.rows, capture.qk.dtype],
+            "prompt_logits": prompt and [prompt.top, prompt.dtype],
+            "hidden_states": hidden and [_listed(hidden.layers), hidden.rows, hidden.dtype],
+            "router": router and [_listed(router.layers), router.rows],
         }
     return out
 
@@ -206,13 +210,15 @@ def _trace_request(value: Any) -> TraceRequest:
 
 def _capture(value: Any) -> CaptureSpec:
     logits, attention, summary = value["logits"], value["attention"], value["summary"]
+    others = {name: value.get(name) for name in ("qk", "prompt_logits", "hidden_states", "router")}
+    made = {name: _SPECS[name](*parts) for name, parts in others.items() if parts is not None}
     if not isinstance(summary, bool):
         raise ValueError("summary is not a boolean")
     return CaptureSpec(
         logits=None if logits is None else _logits_spec(*logits),
         attention=None if attention is None else _attention_spec(*attention),
         summary=summary,
-        qk=None if value.get("qk") is None else _qk_spec(*value["qk"]),
+        **made,
     )
 
 
@@ -232,6 +238,23 @@ def _qk_spec(layers: Any, rows: Any, dtype: Any) -> QKSpec:
     if dtype not in (None, "f16", "f32") or rows not in ("decode", "all"):
         raise ValueError("not a QKSpec")
     return QKSpec(_indices(layers), rows, dtype)
+
+
+def _hidden_spec(layers: Any, rows: Any, dtype: Any) -> HiddenSpec:
+    if dtype not in (None, "f16", "f32") or rows not in ("decode", "all"):
+        raise ValueError("not a HiddenSpec")
+    return HiddenSpec(_indices(layers), rows, dtype)
+
+
+def _router_spec(layers: Any, rows: Any) -> RouterSpec:
+    if rows not in ("decode", "all"):
+        raise ValueError("not a RouterSpec")
+    return RouterSpec(_indices(layers), rows)
+
+
+_SPECS: Final[dict[str, Any]] = {
+    "qk": _qk_spec, "prompt_logits": _logits_spec, "hidden_states": _hidden_spec, "router": _router_spec
+}  # fmt: skip
 
 
 def _indices(numbers: Any) -> tuple[int, ...] | None:

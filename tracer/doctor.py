@@ -345,4 +345,20 @@ def _server_view(server: Server) -> Text:
     text.append(f"\n  attention: {f'no: {refused}' if refused else count}", style="not bold")
     for reason, names in server.unsupported.items():
         text.append(f"\n    not {', '.join(names)}: {reason}", style="not bold yellow")
+    for name, fact in _members(engine.get("members", {})):
+        text.append(f"\n  {name}: {fact}", style="not bold")
     return text
+
+
+def _members(known: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(member, what there is of it or why there is none) of everything besides logits and attention."""
+    able = [layer for layer in known.get("routers", ()) if not layer.get("unsupported")]
+    facts = {
+        "prompt_logits": "yes",
+        "hidden_states": f"{known.get('hidden_states', 0)} of {known.get('hidden_size', 0)} numbers",
+        "router": f"{len(able)} of {len(known.get('routers', ()))} layers",
+    }
+    for name, fact in facts.items():
+        if f"{name}_unsupported" in known:
+            reason = known[f"{name}_unsupported"]
+            yield name, f"no: {reason}" if reason else fact

@@ -112,7 +112,7 @@ def _entry(path: str, attributes: dict[str, Any], content: dict[str, Any]) -> Ca
         prompt_tokens=attributes["prompt_tokens"],
         output_tokens=attributes.get("output_tokens"),
         start_ns=attributes["start_ns"],
-        arrays=tuple(name for name in sorted(arrays) if name.startswith(("logits", "attention"))),
+        arrays=tuple(name for name, array in sorted(arrays.items()) if len(array["shape"]) > 1),
     )
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tracer.member_records import HiddenSpec, MembersInfo, RouterInfo, RouterSpec
+
 __all__ = [
     "ArrayRecord",
     "ArraySlice",
@@ -20,14 +22,18 @@ __all__ = [
     "FlushRecord",
     "GenerationEnd",
     "GenerationStart",
+    "HiddenSpec",
     "LayerInfo",
     "LogitsSpec",
     "LogitsSummary",
+    "MembersInfo",
     "Phase",
     "QKSpec",
     "Record",
     "Region",
     "RequestSpan",
+    "RouterInfo",
+    "RouterSpec",
     "StepRecord",
     "TraceRequest",
     "WorkerEnd",
@@ -81,6 +87,10 @@ class CaptureSpec:
     summary: bool = False
     """Per-layer-and-head attention floats without the rows."""
     qk: QKSpec | None = None
+    prompt_logits: LogitsSpec | None = None
+    """Rows that predict the prompt's own tokens."""
+    hidden_states: HiddenSpec | None = None
+    router: RouterSpec | None = None
 
     @property
     def wants_layers(self) -> bool:
@@ -160,6 +170,7 @@ class EngineInfo:
     """Why logits cannot be captured; None if they can."""
     attention_unsupported: str | None = None
     """Why attention of no layer at all can be captured; None if it can."""
+    members: MembersInfo = field(default_factory=MembersInfo)
 
     @property
     def num_heads(self) -> int:
@@ -265,8 +276,9 @@ class StepRecord:
 class ArrayRecord:
     """Arrays that belong to no output token.
 
-    Attention rows of the prompt (`attention_prefill[layer, head, query, key]`), or its queries and keys by position
-    (`query_prompt[position, layer, head, dim]`, `key_prompt[position, layer, kv_head, dim]`).
+    Attention rows of the prompt (`attention_prefill[layer, head, query, key]`), or what goes by its positions: queries
+    and keys (`query_prompt[position, layer, head, dim]`, `key_prompt[position, layer, kv_head, dim]`), and the arrays
+    of `tracer.member_records`.
     """
 
     trace_id: str

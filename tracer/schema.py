@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from math import isnan, prod
 from typing import Any, Final
 
+from tracer import member_records as members
 from tracer.records import CaptureSpec
 
 __all__ = [
@@ -328,7 +329,20 @@ def asked_arrays(spec: CaptureSpec) -> tuple[str, ...]:
         names.append(ATTENTION_SUMMARY)
     if spec.qk is not None:
         names += [QUERY, KEY, KEY_PROMPT] if spec.qk.rows == "decode" else [QUERY, KEY, KEY_PROMPT, QUERY_PROMPT]
-    return tuple(names)
+    return (*names, *_asked_members(spec))
+
+
+def _asked_members(spec: CaptureSpec) -> list[str]:
+    names: list[str] = []
+    if (prompt := spec.prompt_logits) is not None:
+        topk = [members.PROMPT_LOGITS_TOPK, members.PROMPT_LOGITS_TOPK_ID]
+        names += [members.PROMPT_LOGITS] if prompt.top is None else topk
+    if (hidden := spec.hidden_states) is not None:
+        names += [members.HIDDEN_STATES] + ([members.HIDDEN_STATES_PROMPT] if hidden.rows == "all" else [])
+    if (router := spec.router) is not None:
+        names += [members.ROUTER_EXPERT, members.ROUTER_WEIGHT]
+        names += [members.ROUTER_EXPERT_PROMPT, members.ROUTER_WEIGHT_PROMPT] if router.rows == "all" else []
+    return names
 
 
 def shard_steps(row_bytes: int) -> int:

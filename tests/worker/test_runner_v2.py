@@ -243,6 +243,25 @@ def scheduled(tokens: dict[str, int], new: tuple[NewRequestData, ...] = (), **mo
     return replace(base, num_scheduled_tokens=tokens, total_num_scheduled_tokens=sum(tokens.values()), **more)
 
 
+def test_logits_of_the_prompts_rows_come_from_the_steps_hidden_states(make: Callable[..., Engine]) -> None:
+    engine = make()
+    sent: list[tuple[Any, Any]] = []
+
+    def send(record: Any, payload: Any = ()) -> bool:
+        sent.extend((item.start, np.frombuffer(payload[0], np.float32)) for item in getattr(record, "arrays", ()))
+        return True
+
+    engine.channel.send = send  # type: ignore[method-assign]
+    asked = records.CaptureSpec(prompt_logits=records.LogitsSpec(dtype="f32"))
+    engine.run(scheduled({"a": 1, "p": 2}, (arrival("a", 1, None), arrival("p", 5, asked))))
+    engine.run(scheduled({"p": 3}, computed={"p": 2}))
+    starts = [start for start, _ in sent]
+    assert starts == [(0, 0), (2, 0)], "the last row is the first step's"
+    # Hidden states count the rows of a step: `p` comes second in the first and is alone in the second.
+    for (_, values), rows in zip(sent, ([2, 3], [1, 2]), strict=True):
+        np.testing.assert_array_equal(values.reshape(2, VOCAB), np.outer(rows, np.arange(VOCAB)))
+
+
 def test_rows_of_a_mixed_batch_are_those_of_vllms_order(make: Callable[..., Engine]) -> None:
     engine = make()
     engine.run(scheduled({"a": 3}, (arrival("a", 3, None),)))

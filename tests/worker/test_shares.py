@@ -82,7 +82,7 @@ class Full(Channel):
 def work_of(own: Own, **changes: Any) -> tuple[Step, Work]:
     request = TraceRequest("ab" * 16, "cd" * 8, capture=CaptureSpec(attention=AttentionSpec(), qk=QKSpec()))
     row = Row("a", 0, 0, 1, 5, 4, samples=True)
-    traced = Traced(request, {0: 0, 1: 1}, [0, 1, 2, 3], {0: 0, 1: 1}, own, **changes)
+    traced = Traced(request, {0: 0, 1: 1}, [0, 1, 2, 3], {0: 0, 1: 1}, own=own, **changes)
     work = Work(row, traced, attention=AttentionSummary(1, 0, 0, 0, 2, 0.5, 1, 3))
     work.arrays = [
         ("logits", np.zeros(11, np.float32), (0,)),

@@ -115,5 +115,8 @@ class Runner(Protocol):
         exact: its positions are needed now, even if only the device knows them; else they may come unsettled.
         """
 
+    def head(self, hidden: Any) -> Any:
+        """Raw logits [rows, vocab] of hidden states [rows, width] after the final norm."""
+
     def demote(self, demoted: bool) -> None:
         """Keep (or stop keeping) the coming steps off FULL CUDA graphs, under which no Python runs."""

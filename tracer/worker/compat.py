@@ -22,10 +22,12 @@ __all__ = [
     "backend_name",
     "class_path",
     "full_graph_mode",
+    "is_eager",
     "metadata_fields",
     "missing_attributes",
     "missing_fields",
     "missing_names",
+    "moe_runners",
     "no_graph_mode",
     "output_processor_class",
     "qkv_linear_class",
@@ -38,6 +40,7 @@ KNOWN_VERSIONS: Final = ("0.32",)
 
 NAMES: Final = (
     ("vllm.v1.worker.worker_base", "WorkerWrapperBase.initialize_from_config", ("self", "kv_cache_configs")),
+    ("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",)),
     ("vllm.model_executor.layers.attention", "Attention", ()),
     ("vllm.v1.engine.output_processor", "OutputProcessor.add_request", ("self", "request", "prompt", "parent_req")),
     ("vllm.v1.engine.output_processor", "OutputProcessor.process_outputs", ("self", "engine_core_outputs")),
@@ -227,6 +230,22 @@ def full_graph_mode() -> Any:
 def no_graph_mode() -> Any:
     """`CUDAGraphMode.NONE`."""
     return importlib.import_module("vllm.config").CUDAGraphMode.NONE
+
+
+def is_eager(config: Any) -> bool:
+    """True if this `VllmConfig` compiles nothing, so that Python runs in every layer."""
+    return bool(config.compilation_config.mode == importlib.import_module("vllm.config").CompilationMode.NONE)
+
+
+def moe_runners(config: Any) -> list[tuple[str, Any]]:
+    """(name, `MoERunner`) of each layer with experts, in the model's order; empty if this vLLM has no such class."""
+    try:
+        kind = importlib.import_module("vllm.model_executor.layers.fused_moe.runner.moe_runner").MoERunner
+    except (ImportError, AttributeError):
+        return []
+    modules = config.compilation_config.static_forward_context
+    return [(name, modules[name]) for name in config.compilation_config.static_all_moe_layers
+            if isinstance(modules[name], kind)]  # fmt: skip
 
 
 def patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -15,7 +15,8 @@ from tracer.worker.work import Step, Stored, Work
 __all__ = ["send_blocks", "send_step"]
 
 POSITIONS: Final = 256
-"""Positions per record of queries and keys: bounds a record's size."""
+RECORD_BYTES: Final = 1 << 24
+"""Positions and bytes per record of what goes by position: bound a record's size."""
 
 
 def send_step(channel: Channel, step: Step, work: Work, end_ns: int) -> None:
@@ -36,11 +37,12 @@ def send_step(channel: Channel, step: Step, work: Work, end_ns: int) -> None:
 
 
 def send_blocks(channel: Channel, work: Work) -> None:
-    """Queries and keys, a bounded number of positions at a time; what does not fit is said by position."""
+    """What goes by position, a bounded number of positions at a time; what does not fit is said by position."""
     traced = work.traced
     for name, values, (first, *rest) in _placed(work, work.blocks):
-        for start in range(0, len(values), POSITIONS):
-            part = values[start : start + POSITIONS]
+        at_once = max(1, min(POSITIONS, RECORD_BYTES * len(values) // max(values.nbytes, 1)))
+        for start in range(0, len(values), at_once):
+            part = values[start : start + at_once]
             arrays, payload = pack([(name, part, (first + start, *rest))])
             record = ArrayRecord(traced.request.trace_id, traced.request.span_id, work.attempt, arrays)
             if not channel.send(record, payload):

@@ -222,14 +222,16 @@ def _attach(request: Any, traced: TraceRequest | None) -> None:
     if traced is not None:
         params.extra_args[EXTRA_ARGS_KEY] = context.to_extra_args(traced)
         if _needs_every_query(traced.capture):
-            # No query exists for positions that come from the prefix cache.
+            # No query and no hidden state exists for positions that come from the prefix cache.
             params.skip_reading_prefix_cache = True
     request.sampling_params = params
 
 
 def _needs_every_query(capture: CaptureSpec | None) -> bool:
-    specs = (capture.attention, capture.qk) if capture is not None else ()
-    return any(spec is not None and spec.rows == "all" for spec in specs)
+    if capture is None:
+        return False
+    specs = (capture.attention, capture.qk, capture.hidden_states, capture.router)
+    return capture.prompt_logits is not None or any(spec is not None and spec.rows == "all" for spec in specs)
 
 
 def install(settings: Settings) -> None:

@@ -15,10 +15,11 @@ import torch
 
 from tracer.config import Settings
 from tracer.export import Channel, process_channel, publish_engine
-from tracer.records import EngineInfo, LayerInfo
+from tracer.records import EngineInfo, LayerInfo, MembersInfo
 from tracer.worker import compat
 from tracer.worker.layers import describe_layers
 from tracer.worker.maths import choose
+from tracer.worker.points import placed
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.shares import shared
@@ -101,8 +102,7 @@ def _unavailable(worker: Any) -> str | None:
         ),
         (
             _unheard_drafts(config),
-            "of several ranks under asynchronous scheduling only the first hears which draft tokens were accepted; "
-            "use --no-async-scheduling",
+            "speculative decoding on several ranks under asynchronous scheduling: use --no-async-scheduling",
         ),
         (parallel.prefill_context_parallel_size > 1, "context parallelism is not supported by this release"),
         (parallel.use_ubatching, "dual-batch overlap is not supported by this release"),
@@ -116,6 +116,7 @@ def _unavailable(worker: Any) -> str | None:
 
 
 def _unheard_drafts(config: Any) -> bool:
+    """Under asynchronous scheduling only the first rank's output is fetched: others do not hear what was accepted."""
     several = config.parallel_config.tensor_parallel_size > 1
     return several and config.speculative_config is not None and bool(config.scheduler_config.async_scheduling)
 
@@ -158,6 +159,24 @@ def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None)
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         logits_unsupported=reason,
         attention_unsupported=reason or (None if usable else refused),
+        members=_members(worker) if reason is None else MembersInfo(reason, 0, 0, reason, (), reason),
+    )
+
+
+def _members(worker: Any) -> MembersInfo:
+    """What can be captured besides logits and attention; all of it of whole steps on one rank."""
+    config, found = worker.vllm_config, placed(worker)
+    checks = (
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.parallel_config.tensor_parallel_size > 1, "tensor parallelism"),
+    )
+    why = next((f"unavailable: not supported together with {what}" for failed, what in checks if failed), None)
+    lora = "unavailable: adapters change the head by the rows that are sampled" if config.lora_config else None
+    return replace(
+        found,
+        prompt_logits_unsupported=why or lora,
+        hidden_states_unsupported=why or found.hidden_states_unsupported,
+        router_unsupported=why or found.router_unsupported,
     )
 
 

@@ -41,7 +41,31 @@ def _register(settings: config.Settings) -> None:
     if not compat.version().startswith(compat.KNOWN_VERSIONS):
         LOG.warning("tensorspan: vLLM %s is not a version it was tested with", compat.version())
     compat.patch(compat.worker_wrapper_class(), "initialize_from_config", lambda original: _hooked(original, settings))
+    compat.patch(compat.worker_wrapper_class(), "init_device", lambda original: _tapped(original, settings))
     frontend.install(settings)
+
+
+def _tapped(original: Any, settings: config.Settings) -> Any:
+    """`WorkerWrapperBase.init_device`, after which the worker's `load_model` puts taps into what it has loaded."""
+
+    def init_device(self: Any) -> Any:
+        result = original(self)
+        worker, load = self.worker, self.worker.load_model
+
+        def load_model(*args: Any, **kwargs: Any) -> Any:
+            loaded = load(*args, **kwargs)
+            try:
+                from tracer.worker import points
+
+                points.place_taps(worker, settings.tapped)
+            except Exception:
+                LOG.exception("tensorspan: the model cannot be tapped; it serves without hidden states and routers")
+            return loaded
+
+        worker.load_model = load_model
+        return result
+
+    return init_device
 
 
 def _hooked(original: Any, settings: config.Settings) -> Any:

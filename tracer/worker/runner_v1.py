@@ -74,6 +74,10 @@ class RunnerV1:
         host: list[int] = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
         return host
 
+    def head(self, hidden: Any) -> Any:
+        """See `batch.Runner`."""
+        return self._runner.model.compute_logits(hidden)
+
     def demote(self, demoted: bool) -> None:
         """See `batch.Runner`."""
         self._demoted = demoted
@@ -88,7 +92,8 @@ class RunnerV1:
                 return execute(scheduler_output, *args, **kwargs)
             result = execute(scheduler_output, *args, **kwargs)
             state = self._runner.execute_model_state
-            tracer.forward_done(None if state is None else state.logits)
+            logits, hidden = (None, None) if state is None else (state.logits, state.hidden_states)
+            tracer.forward_done(logits, hidden)
             return result
 
         def sample_tokens(*args: Any, **kwargs: Any) -> Any:

@@ -44,6 +44,8 @@ class RunnerV2:
         self._descriptor: Any = None
         self._demoted = False
         self._awaits_logits = False
+        self._hidden: Any = None
+        """Hidden states [tokens, width] of the step that is sampled."""
 
     def plan(self, scheduler_output: Any) -> StepPlan:
         """See `batch.Runner`; V2 has a preempted request removed and later arrive again, never `resumed`."""
@@ -80,6 +82,10 @@ class RunnerV2:
             return known
         host: list[int] = batch.num_computed_tokens_np.tolist()
         return host
+
+    def head(self, hidden: Any) -> Any:
+        """See `batch.Runner`."""
+        return self._runner.model.compute_logits(hidden)
 
     def demote(self, demoted: bool) -> None:
         """See `batch.Runner`."""
@@ -128,14 +134,15 @@ class RunnerV2:
             logits = compute_logits(*args, **kwargs)
             if self._awaits_logits:  # else a dummy run or prompt logprobs
                 self._awaits_logits = False
-                tracer.forward_done(logits)
+                tracer.forward_done(logits, self._hidden)
             return logits
 
-        def sampled(*args: Any, **kwargs: Any) -> Any:
-            self._awaits_logits = True
+        def sampled(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            self._awaits_logits, self._hidden = True, hidden_states
             try:
-                output = sample(*args, **kwargs)
+                output = sample(hidden_states, *args, **kwargs)
             finally:
+                self._hidden = None
                 if self._awaits_logits:  # another way to logits: the step goes without, its rows are settled now
                     self._awaits_logits = False
                     tracer.forward_done(None)

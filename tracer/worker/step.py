@@ -24,8 +24,11 @@ from tracer.worker.batch import Runner
 from tracer.worker.emit import send_blocks, send_step
 from tracer.worker.layers import Layer
 from tracer.worker.maths import Maths
+from tracer.worker.members import collect, keep_members, wanted_places
 from tracer.worker.pack import pack
+from tracer.worker.prompt_logits import send_prompt_logits
 from tracer.worker.shares import own_heads, takes_part
+from tracer.worker.taps import watch
 from tracer.worker.work import Step, Traced, Work
 
 __all__ = ["StepTracer"]
@@ -64,6 +67,7 @@ class StepTracer:
                 self._traced[request_id].attempt += 1
             scheduled = [self._traced[name] for name in plan.scheduled & self._traced.keys()]
             self._wants_attention = any(traced.slots or traced.qk_slots for traced in scheduled)
+            watch(self if any(traced.places for traced in scheduled) else None)
             self._runner.demote(any(traced.watched for traced in scheduled))
             self._step = Step(wall_clock_ns()) if scheduled else None
         return self._step is not None
@@ -81,13 +85,15 @@ class StepTracer:
     def _asked(self, request: TraceRequest) -> Traced:
         """The request with the layers and heads that it stores."""
         capture = request.capture
+        places = wanted_places(capture, self._info)
         if capture is None or not capture.wants_layers:
-            return Traced(request, {}, [])
+            return Traced(request, {}, [], places=places, watched=bool(places))
         spec = capture.attention or AttentionSpec()
         slots = self._slots(spec.layers) if capture.wants_attention else {}
         qk_slots = self._slots(capture.qk.layers) if capture.qk is not None else {}
         heads, own = own_heads(self._info, spec.heads, next(iter(qk_slots), None))
-        return Traced(request, slots if heads else {}, heads, qk_slots, own, watched=bool(slots or qk_slots))
+        watched = bool(slots or qk_slots or places)
+        return Traced(request, slots if heads else {}, heads, qk_slots, places, own, watched)
 
     def _slots(self, layers: tuple[int, ...] | None) -> dict[int, int]:
         """Layer index → place on the stored axis, without layers that cannot be captured."""
@@ -133,6 +139,14 @@ class StepTracer:
                 if index in work.traced.slots:
                     self._or_say("attention_prefill", [work], self._prompt, layer, work, query, kv_cache, metadata)
 
+    def tapped(self, place: int, first: torch.Tensor, second: torch.Tensor | None) -> None:
+        """See `taps.Watcher`."""
+        step = self._step
+        if step is not None:
+            with self._guard("taps"), torch.no_grad():
+                self._works(step)
+                collect(step, place, first, second)
+
     def _works(self, step: Step) -> list[Work]:
         """The traced rows of this step, worked out when the batch is first final."""
         if step.view is None:
@@ -164,9 +178,13 @@ class StepTracer:
 
     # -- after the forward pass --------------------------------------------------------------------------------
 
-    def forward_done(self, logits: torch.Tensor | None) -> None:
-        """Copy and count the traced rows of the raw logits [batch rows, vocab] before anything changes them."""
+    def forward_done(self, logits: torch.Tensor | None, hidden: torch.Tensor | None = None) -> None:
+        """Copy and count the traced rows of the raw logits [batch rows, vocab] before anything changes them.
+
+        hidden: [tokens, width] after the final norm, from which logits of the prompt's rows can be computed.
+        """
         step, self._wants_attention = self._step, False
+        watch(None)
         self._runner.demote(False)
         if step is None:
             return
@@ -178,6 +196,7 @@ class StepTracer:
                 self._logits(step, logits)
             finally:
                 self._maths.copy(step)
+                self._prompt_logits(step, hidden)
 
     def _logits(self, step: Step, logits: torch.Tensor | None) -> None:
         sampling = [work for work in step.works if work.row.samples]
@@ -186,6 +205,18 @@ class StepTracer:
         for place, work in enumerate(sampling):
             work.logits_row = place
         self._maths.logits(step, sampling, logits)
+
+    def _prompt_logits(self, step: Step, hidden: torch.Tensor | None) -> None:
+        for work in step.works:
+            if work.traced.prompt_logits is None or not work.prompt_rows:
+                continue
+            with self._guard("prompt_logits"):
+                try:
+                    assert hidden is not None, "the runner gave no hidden states"
+                    send_prompt_logits(self._channel, work, hidden, self._runner.head, self._info.vocab_size)
+                except Exception as error:
+                    work.traced.problems.append(f"prompt_logits: {error}")
+                    raise
 
     def sampled(self, tokens: torch.Tensor) -> None:
         """The sampler's token IDs [batch rows, 1], on the device and not waited for."""
@@ -232,6 +263,8 @@ class StepTracer:
             with self._guard("summaries"):
                 self._maths.finish(step)
             for work in step.works:
+                with self._guard("members"):
+                    keep_members(step, work, self._info)
                 with self._guard("a step's record"):
                     self._send_or_count(step, work, end_ns)
             self._maths.release(step)

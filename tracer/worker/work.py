@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tracer.records import AttentionSpec, AttentionSummary, LogitsSummary, QKSpec, TraceRequest
+from tracer.records import AttentionSpec, AttentionSummary, LogitsSpec, LogitsSummary, QKSpec, TraceRequest
 from tracer.statistics import RowStatistics
 from tracer.worker.batch import Row, StepView
 
@@ -45,6 +45,8 @@ class Traced:
     """Query heads to store, as this rank counts them."""
     qk_slots: dict[int, int] = field(default_factory=dict)
     """Likewise for queries and keys."""
+    places: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By member (`hidden_states`, `router`) the taps whose tensors are stored, in that order; see `members`."""
     own: Own = Own()
     watched: bool = False
     """Some rank looks at layers for this request: then all ranks keep its steps off FULL CUDA graphs."""
@@ -86,6 +88,11 @@ class Traced:
     def qk(self) -> QKSpec | None:
         """The queries and keys to store."""
         return self.request.capture.qk if self.request.capture else None
+
+    @property
+    def prompt_logits(self) -> LogitsSpec | None:
+        """The logits of the prompt's rows to store."""
+        return self.request.capture.prompt_logits if self.request.capture else None
 
     @property
     def all_rows(self) -> bool:
@@ -167,6 +174,11 @@ class Work:
         return self.row.draft > self.accepted
 
     @property
+    def prompt_rows(self) -> int:
+        """How many of the step's first rows are at positions before the last prompt row, which is step 0."""
+        return max(min(self.row.prompt_tokens - 1, self.row.position + 1) - self.row.computed, 0)
+
+    @property
     def wants_row(self) -> bool:
         """True if the attention of the row's last query was asked for."""
         return self.row.samples and bool(self.traced.slots)
@@ -202,6 +214,8 @@ class Step:
     """Those that want rows of the prompt's own map."""
     logits: torch.Tensor | None = None
     """[sampled traced rows, vocab], a copy from before grammar, penalties and temperature."""
+    members: dict[str, Any] = field(default_factory=dict)
+    """What taps brought, by member: `members.Gathered`."""
     statistics: RowStatistics | None = None
     buffers: Any = None
     """What the step's `Maths` keeps for it."""
