@@ -118,7 +118,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     values = {
         "store": str(tmp_path / "new"), "capture": "key", "capture-key": "s", "capture-text": "0", "trace": "0",
         "steps": "3", "topk": "4", "queue-mb": "5", "request-mb": "6", "store-mb": "9", "keep": "7d",
-        "codec": "none", "content": "1", "spool": str(tmp_path / "spool"), "spool-mb": "7",
+        "codec": "none", "content": "1", "taps": "router", "spool": str(tmp_path / "spool"), "spool-mb": "7",
     }  # fmt: skip
     options = [part for name, value in values.items() for part in (f"--{name}", value)]
     main(["serve", "m", "--port", "8", *options[:8], "--seed", "1", *options[8:]])
