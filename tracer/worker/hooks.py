@@ -48,7 +48,7 @@ def install(worker: Any, settings: Settings) -> EngineInfo:
 
 def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
     config, runner = worker.vllm_config, worker.model_runner
-    layers = describe_layers(config.compilation_config.static_forward_context, _no_attention(config))
+    layers = describe_layers(_own_layers(config, runner), _no_attention(config))
     layers, whole = shared(layers, worker)
     info = _engine_info(worker, whole, None)
     adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
@@ -60,6 +60,13 @@ def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
         if layer.math is not None:
             layer.module.impl.forward = _observed(layer.module.impl.forward, layer.info.index, tracer)
     return info
+
+
+def _own_layers(config: Any, runner: Any) -> dict[str, Any]:
+    """The served model's layers by name; those of a model that drafts tokens are registered beside them."""
+    own = {id(module) for module in runner.get_model().modules()}
+    context = config.compilation_config.static_forward_context
+    return {name: module for name, module in context.items() if id(module) in own}
 
 
 def _observed(forward: Callable[..., Any], index: int, tracer: StepTracer) -> Callable[..., Any]:
@@ -86,7 +93,6 @@ def _unavailable(worker: Any) -> str | None:
     parallel = config.parallel_config
     checks = (
         (bool(missing), f"vLLM {compat.version()} lacks {', '.join(missing)}"),
-        (config.speculative_config is not None, "speculative decoding is not supported by this release"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported by this release"),
         (parallel.nnodes_within_dp > 1, "the engine's ranks are on several machines"),
         (

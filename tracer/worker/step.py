@@ -141,9 +141,9 @@ class StepTracer:
     def _works(self, step: Step) -> list[Work]:
         """The traced rows of this step, worked out when the batch is first final."""
         if step.view is None:
-            step.view = self._runner.view()
+            step.view = self._runner.view(exact=self._wants_attention)
             rows = [row for row in step.view.rows if row.request_id in self._traced]
-            step.hold([Work(row, self._traced[row.request_id]) for row in rows])
+            step.hold([Work(part, self._traced[row.request_id]) for row in rows for part in row.parts()])
         return step.works
 
     def _or_say(self, what: str, works: list[Work], action: Callable[..., None], *arguments: Any) -> None:
@@ -217,18 +217,23 @@ class StepTracer:
         if not hasattr(output, "get_output"):
             self._complete(step, output)
             return output
-        if self._info.rank:  # vLLM fetches the output of rank 0 alone; the others store nothing that needs tokens.
-            self._aside.submit(self._complete, step, None)
-            return output
-        fetch = output.get_output
+        fetch, lock, fetched = output.get_output, threading.Lock(), []
 
         def get_output() -> Any:
-            result = fetch()
-            self._complete(step, result)
-            return result
+            with lock:
+                if not fetched:
+                    fetched.append(fetch())
+                    self._complete(step, fetched[0])
+            return fetched[0]
 
         output.get_output = get_output
+        if self._info.rank:  # vLLM asks rank 0 alone for its tokens; all ranks sample the same.
+            self._aside.submit(self._fetch, get_output)
         return output
+
+    def _fetch(self, get_output: Callable[[], Any]) -> None:
+        with self._guard("fetching the step's tokens"):
+            get_output()
 
     @cached_property
     def _aside(self) -> ThreadPoolExecutor:
@@ -240,9 +245,9 @@ class StepTracer:
     def _complete(self, step: Step, output: Any) -> None:
         with self._guard("records"), torch.no_grad():
             end_ns = wall_clock_ns()
-            sampled = {} if output is None else dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
+            sampled = dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
             for work in step.works:
-                work.token = next(iter(sampled.get(work.row.request_id) or ()), None)
+                work.take(sampled.get(work.row.request_id) or (), settled=step.settled)
             with self._guard("summaries"):
                 self._maths.finish(step)
             for work in step.works:
@@ -252,8 +257,9 @@ class StepTracer:
 
     def _send_or_count(self, step: Step, work: Work, end_ns: int) -> None:
         try:
-            send_blocks(self._channel, work)
-            send_step(self._channel, step, work, end_ns)
+            if not work.rejected:
+                send_blocks(self._channel, work)
+                send_step(self._channel, step, work, end_ns)
         except Exception:
             work.traced.lost += 1
             raise
