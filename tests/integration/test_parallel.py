@@ -181,11 +181,11 @@ def check_one_head(reply: Reply, model: Path) -> None:
     check_spans(reply)
 
 
-SCRIPT = """
+SCRIPT: Final = """
 import json, os, sys
-from pathlib import Path
 from tests.integration.runs import prompt
 from tracer import capture
+from tracer.errors import CaptureUnavailableError
 from tracer.worker import hooks
 
 if os.environ.get("BROKEN"):  # Workers import this file too.
@@ -196,57 +196,78 @@ if os.environ.get("BROKEN"):  # Workers import this file too.
         return hook(worker, *rest)
     hooks._hook = broken
 
-def main(store, what, *models):
+def main(store, whole, *models):
     from vllm import LLM, SamplingParams
-    from tracer.errors import CaptureUnavailableError
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=6, detokenize=False)
-    out = []
-    for model in models:
+
+    def start(model):
         with capture("", store=store):
-            llm = LLM(model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=256,
-                      tensor_parallel_size=2, kv_cache_memory_bytes=1 << 26, disable_log_stats=True)
-        refused = ""
-        if os.environ.get("BROKEN"):
-            try:
-                with capture("attention", store=store):
-                    llm.generate([{"prompt_token_ids": prompt(9)}], params, use_tqdm=False)
-            except CaptureUnavailableError as error:
-                refused = str(error)
+            return LLM(model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=256,
+                       tensor_parallel_size=2, kv_cache_memory_bytes=1 << 26, disable_log_stats=True)
+
+    def ask(llm, what):
         with capture(what, store=store) as run:
             [answer] = llm.generate([{"prompt_token_ids": prompt(70)}], params, use_tqdm=False)
-        out.append([run.span_ids[0], list(answer.outputs[0].token_ids), refused])
+        return [run.span_ids[0], list(answer.outputs[0].token_ids)]
+
+    out = []
+    for model in models:
+        llm = start(model)
+        out.append(ask(llm, whole))
         llm.llm_engine.engine_core.shutdown()
-    print("RESULT" + json.dumps(out))
+    os.environ["BROKEN"] = "1"
+    llm = start(models[0])
+    try:
+        ask(llm, "attention")
+    except CaptureUnavailableError as error:
+        refused = str(error)
+    print("RESULT" + json.dumps({"whole": out, "refused": refused, "logits": ask(llm, "logits;dtype=f32")}))
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
 """
 
 
-def test_what_each_rank_has_a_part_of(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slopes, sinks, one KV head that both ranks hold, and a vocabulary that does not divide evenly."""
-    odd = transformers.LlamaConfig(**FAMILIES["llama"]().to_diff_dict() | {"num_key_value_heads": 1, "vocab_size": 509})
-    monkeypatch.setitem(FAMILIES, "odd", lambda: odd)
-    made = [make_model(family, models) for family in ("odd", "bloom", "gpt_oss")]
+def odd_llama() -> Any:
+    """One KV head, which both ranks hold, and a vocabulary that does not divide evenly."""
+    config = transformers.LlamaConfig(**FAMILIES["llama"]().to_diff_dict())
+    config.num_key_value_heads, config.vocab_size, config.num_hidden_layers = 1, 509, 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], Any]:
+    """Store, models and what happened: one engine of two ranks after the other, the last with one rank unhooked."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "odd", odd_llama)
+        made = [make_model(family, models) for family in ("odd", "bloom", "gpt_oss")]
     found = run_script(
-        tmp_path / "run.py", SCRIPT, tmp_path / "store", WHOLE, *made, VLLM_CPU_OMP_THREADS_BIND=TWO_CORES
-    )
-    for model, (span_id, answer, _) in zip(made, found, strict=True):
-        cap = open_capture(tmp_path / "store", span_id)
-        check_whole(cap, model, [*prompt(70), *answer])
-        assert cap.to_xarray().sizes["kv_head"] == (1 if model.name == "odd" else 4 if model.name == "bloom" else 2)
-        assert cap.logits.sizes["vocab"] == (509 if model.name == "odd" else VOCAB)
-
-
-def test_a_rank_that_cannot_be_hooked(models: Path, tmp_path: Path) -> None:
-    """Attention is refused with its name, logits are stored as ever, and the engine serves."""
-    model = make_model("llama", models)
-    [(span_id, answer, refused)] = run_script(
-        tmp_path / "run.py", SCRIPT, tmp_path / "store", "logits;dtype=f32", model,
-        VLLM_CPU_OMP_THREADS_BIND=TWO_CORES, BROKEN="1",
+        folder / "run.py", SCRIPT, folder / "store", WHOLE, *made,
+        VLLM_CPU_OMP_THREADS_BIND=TWO_CORES, VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )  # fmt: skip
-    assert "rank 1 of 2: hooking the worker failed: RuntimeError: no hooks here" in refused
-    cap = open_capture(tmp_path / "store", span_id)
+    return folder / "store", made, found
+
+
+@pytest.mark.parametrize(("place", "key_heads", "vocab"), [(0, 1, 509), (1, 4, VOCAB), (2, 2, VOCAB)])
+def test_what_each_rank_has_a_part_of(
+    place: int, key_heads: int, vocab: int, two_ranks: tuple[Path, list[Path], Any]
+) -> None:
+    """A KV head that both hold and a vocabulary that is padded; ALiBi slopes; learned sinks and a window."""
+    store, made, found = two_ranks
+    span_id, answer = found["whole"][place]
+    cap = open_capture(store, span_id)
+    check_whole(cap, made[place], [*prompt(70), *answer])
+    assert cap.to_xarray().sizes["kv_head"] == key_heads
+    assert cap.logits.sizes["vocab"] == vocab
+
+
+def test_a_rank_that_cannot_be_hooked(two_ranks: tuple[Path, list[Path], Any]) -> None:
+    """Attention is refused with its name, logits are stored as ever, and the engine serves."""
+    store, _, found = two_ranks
+    assert "rank 1 of 2: hooking the worker failed: RuntimeError: no hooks here" in found["refused"]
+    span_id, answer = found["logits"]
+    cap = open_capture(store, span_id)
     assert cap.complete, cap.missing
     assert np.asarray(cap.logits).argmax(axis=1).tolist() == answer
 

@@ -234,18 +234,23 @@ class StepTracer:
         if not hasattr(output, "get_output"):
             self._complete(step, output)
             return output
-        if self._info.rank:  # vLLM fetches the output of rank 0 alone; the others store nothing that needs tokens.
-            self._aside.submit(self._complete, step, None)
-            return output
-        fetch = output.get_output
+        fetch, lock, fetched = output.get_output, threading.Lock(), []
 
         def get_output() -> Any:
-            result = fetch()
-            self._complete(step, result)
-            return result
+            with lock:
+                if not fetched:
+                    fetched.append(fetch())
+                    self._complete(step, fetched[0])
+            return fetched[0]
 
         output.get_output = get_output
+        if self._info.rank:  # vLLM asks rank 0 alone for its tokens; all ranks sample the same.
+            self._aside.submit(self._fetch, get_output)
         return output
+
+    def _fetch(self, get_output: Callable[[], Any]) -> None:
+        with self._guard("fetching the step's tokens"):
+            get_output()
 
     @cached_property
     def _aside(self) -> ThreadPoolExecutor:
@@ -257,7 +262,7 @@ class StepTracer:
     def _complete(self, step: Step, output: Any) -> None:
         with self._guard("records"), torch.no_grad():
             end_ns = wall_clock_ns()
-            sampled = {} if output is None else dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
+            sampled = dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
             for work in step.works:
                 work.take(sampled.get(work.row.request_id) or (), settled=step.settled)
             with self._guard("summaries"):
