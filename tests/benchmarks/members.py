@@ -7,6 +7,7 @@ each batch stands between two of plain vLLM.
 from __future__ import annotations
 
 import contextlib
+import signal
 import statistics
 import sys
 import tempfile
@@ -35,6 +36,7 @@ WARM: Final = Load(8, 256, 16)
 
 def main() -> int:
     """Measure and print a table."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Stopped servers must not be left behind.
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     samples: dict[str, list[Sample]] = {variant.name: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory(prefix="tensorspan-bench-") as name, contextlib.ExitStack() as stack:
