@@ -26,10 +26,12 @@ from exporters.span_attributes import (
     Tally,
     generation_attributes,
     generation_failure,
+    missing_attributes,
     request_attributes,
     request_failure,
     step_attributes,
 )
+from exporters.zarr_facts import limits_said
 from tracer import semconv
 from tracer.config import Settings
 from tracer.records import (
@@ -89,6 +91,7 @@ class OtelExporter:
         self._open: dict[str, _Generation] = {}
         self._families: OrderedDict[str, _Family] = OrderedDict()
         self._several_workers = False
+        self._engine: EngineInfo | None = None
 
     @property
     def dropped(self) -> int:
@@ -114,6 +117,8 @@ class OtelExporter:
                 self._worker_end(record)
             case EngineInfo():
                 self._several_workers = self._several_workers or record.world_size > 1
+                if record.rank == 0 or self._engine is None:
+                    self._engine = record
 
     def force_flush(self, timeout_s: float) -> bool:
         """Send the spans that are finished; False if that took longer than `timeout_s` or the collector failed."""
@@ -172,6 +177,8 @@ class OtelExporter:
         real = [step for step in item.waiting if not _is_surplus(step, record.output_tokens, end_ns)]
         self._emit_steps(item, real, end_ns)
         attributes = generation_attributes(item.start, record, item.tally, self._style)
+        if item.start.capture is not None:
+            attributes |= missing_attributes(limits_said(item.start.capture, self._engine))
         span = self._span(
             f"{item.start.operation} {item.start.model}",
             item.context,

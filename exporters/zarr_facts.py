@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.ledger import ranges
 from tracer import schema
 from tracer.records import (
     AttentionSpec,
@@ -29,6 +30,7 @@ __all__ = [
     "end_attributes",
     "key_capacity",
     "limits",
+    "limits_said",
     "number_columns",
     "numbers_of",
     "prompt_layout",
@@ -140,6 +142,19 @@ def limits(spec: CaptureSpec, engine: EngineInfo | None) -> list[tuple[str, str,
         refused = axes.refused if axes is not None else ()
         out += [(array, f"layer {layer.index}", layer.unsupported or "") for layer in refused]
     return out
+
+
+def limits_said(spec: CaptureSpec, engine: EngineInfo | None) -> list[str]:
+    """`limits` in words, the layers of one reason together: `attention layers 0, 2-4: reason`."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for array, what, reason in limits(spec, engine):
+        groups.setdefault((array, reason), []).append(what)
+    return [f"{array} {_together(whats)}: {reason}" for (array, reason), whats in groups.items()]
+
+
+def _together(whats: list[str]) -> str:
+    numbers = [what.removeprefix("layer ") for what in whats]
+    return ranges("layer", map(int, numbers)) if all(map(str.isdecimal, numbers)) else ", ".join(whats)
 
 
 def stored_facts(
