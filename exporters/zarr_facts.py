@@ -207,7 +207,7 @@ def start_attributes(start: GenerationStart, engine: EngineInfo | None) -> dict[
 def _engine(engine: EngineInfo | None) -> dict[str, Any] | None:
     if engine is None:
         return None
-    names = ("vllm_version", "runner", "device", "dtype", "vocab_size", "max_model_len")
+    names = ("model", "vllm_version", "runner", "device", "dtype", "vocab_size", "max_model_len")
     # Not `asdict`: its deep copies cost 1 ms for 30 layers.
     layers = [{name: getattr(layer, name) for name in LayerInfo.__slots__} for layer in engine.layers]
     return {name: getattr(engine, name) for name in names} | {"layers": layers}

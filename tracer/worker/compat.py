@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, Final, get_args
 
@@ -19,6 +20,7 @@ __all__ = [
     "attention_class",
     "attention_type",
     "backend_name",
+    "beam_search_class",
     "full_graph_mode",
     "metadata_fields",
     "missing_attributes",
@@ -161,6 +163,12 @@ def worker_wrapper_class() -> Any:
 def output_processor_class() -> Any:
     """`OutputProcessor`: sees each generation begin and end, behind the server and behind `LLM` alike."""
     return importlib.import_module("vllm.v1.engine.output_processor").OutputProcessor
+
+
+def beam_search_class() -> Any | None:
+    """The part of the offline `LLM` that searches beams; None in a process that has not imported it."""
+    module = sys.modules.get("vllm.entrypoints.generate.beam_search.offline")
+    return getattr(module, "BeamSearchOfflineMixin", None)
 
 
 def attention_class() -> Any:
