@@ -26,11 +26,13 @@ from exporters.span_attributes import (
     Tally,
     generation_attributes,
     generation_failure,
+    missing_attributes,
     request_attributes,
     request_failure,
     step_attributes,
 )
 from exporters.span_ranks import StepRanks
+from exporters.zarr_facts import limits_said
 from tracer import semconv
 from tracer.config import Settings
 from tracer.records import (
@@ -93,6 +95,7 @@ class OtelExporter:
         self._families: OrderedDict[str, _Family] = OrderedDict()
         self._ranks = 1
         """Tensor parallel ranks of each engine."""
+        self._engine: EngineInfo | None = None
 
     @property
     def dropped(self) -> int:
@@ -118,6 +121,8 @@ class OtelExporter:
                 self._worker_end(record)
             case EngineInfo():
                 self._ranks = record.world_size if record.rank == 0 else self._ranks
+                if record.rank == 0 or self._engine is None:
+                    self._engine = record
 
     def force_flush(self, timeout_s: float) -> bool:
         """Send the spans that are finished; False if that took longer than `timeout_s` or the collector failed."""
@@ -182,6 +187,8 @@ class OtelExporter:
         real = [step for step in item.waiting if not _is_surplus(step, record.output_tokens, end_ns)]
         self._emit_steps(item, real, end_ns)
         attributes = generation_attributes(item.start, record, item.tally, self._style)
+        if item.start.capture is not None:
+            attributes |= missing_attributes(limits_said(item.start.capture, self._engine))
         span = self._span(
             f"{item.start.operation} {item.start.model}",
             item.context,

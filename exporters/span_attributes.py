@@ -31,6 +31,7 @@ __all__ = [
     "Tally",
     "generation_attributes",
     "generation_failure",
+    "missing_attributes",
     "request_attributes",
     "request_failure",
     "step_attributes",
@@ -151,6 +152,11 @@ def generation_attributes(start: GenerationStart, end: GenerationEnd, tally: Tal
         _put_capture(out, start.trace_id, start.span_id, None, style)
     _put_tally(out, tally)
     return _put_foreign(out, {_parameter(key): value for key, value in start.params.items()})
+
+
+def missing_attributes(limits: list[str]) -> Attributes:
+    """What of a capture the engine made impossible, in words; empty if nothing."""
+    return {name.CAPTURE_MISSING: [_clip(text) for text in limits[:MAX_CAUSES]]} if limits else {}
 
 
 def generation_failure(end: GenerationEnd) -> str | None:

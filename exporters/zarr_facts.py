@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.ledger import ranges
 from tracer import schema
 from tracer.member_layouts import COUNTED, MEMBER_ARRAYS, member_layout, member_limits
 from tracer.member_records import PROMPT_ARRAYS
@@ -31,6 +32,7 @@ __all__ = [
     "end_attributes",
     "key_capacity",
     "limits",
+    "limits_said",
     "number_columns",
     "numbers_of",
     "prompt_layout",
@@ -147,6 +149,19 @@ def limits(spec: CaptureSpec, engine: EngineInfo | None) -> list[tuple[str, str,
     return out + member_limits(spec, engine)
 
 
+def limits_said(spec: CaptureSpec, engine: EngineInfo | None) -> list[str]:
+    """`limits` in words, the layers of one reason together: `attention layers 0, 2-4: reason`."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for array, what, reason in limits(spec, engine):
+        groups.setdefault((array, reason), []).append(what)
+    return [f"{array} {_together(whats)}: {reason}" for (array, reason), whats in groups.items()]
+
+
+def _together(whats: list[str]) -> str:
+    numbers = [what.removeprefix("layer ") for what in whats]
+    return ranges("layer", map(int, numbers)) if all(map(str.isdecimal, numbers)) else ", ".join(whats)
+
+
 def stored_facts(
     arrays: Mapping[str, Mapping[str, Any]], overflow: Mapping[str, int], engine: EngineInfo | None
 ) -> dict[str, dict[str, Any]]:
@@ -197,7 +212,7 @@ def start_attributes(start: GenerationStart, engine: EngineInfo | None) -> dict[
 def _engine(engine: EngineInfo | None) -> dict[str, Any] | None:
     if engine is None:
         return None
-    names = ("vllm_version", "runner", "device", "dtype", "vocab_size", "max_model_len")
+    names = ("model", "vllm_version", "runner", "device", "dtype", "vocab_size", "max_model_len")
     # Not `asdict`: its deep copies cost 1 ms for 30 layers.
     layers = [{name: getattr(layer, name) for name in LayerInfo.__slots__} for layer in engine.layers]
     return {name: getattr(engine, name) for name in names} | {"layers": layers}

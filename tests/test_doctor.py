@@ -15,6 +15,7 @@ from tracer import doctor, wire
 from tracer.cli import main
 from tracer.config import Settings
 from tracer.doctor import Check, Report, find_servers
+from tracer.support import FEATURES, summary
 
 ANSWER = {
     "version": "0.32.0",
@@ -181,6 +182,17 @@ def test_the_printed_report(answered: dict[str, Any], tmp_path: Path, capsys: py
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True
     assert report["servers"][0]["unsupported"] == {"MLA": ["model.layers.1.attn"]}
+    assert [row["name"] for row in report["features"]] == [feature.name for feature in FEATURES]
+    assert f"features of vLLM: {summary()}" in out
+
+
+def test_the_features(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--features"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for feature in FEATURES:
+        assert f"{feature.name} {feature.state}" in out
+    assert main(["doctor", "--features", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["state"] == FEATURES[0].state
 
 
 def test_something_broken_is_exit_code_1(

@@ -287,7 +287,6 @@ def test_repeated_header_lines_are_one_request() -> None:
         ("/v1/completions", {"prompt": ["once", "upon"], "n": 2}, 4, ()),
         ("/v1/completions", {"prompt": [1, 2, 3]}, 1, ()),
         ("/v1/completions", {"prompt": [[1, 2], [3]]}, 2, ()),
-        ("/v1/completions", {"prompt_embeds": ["e1", "e2"], "prompt": ""}, 2, ()),
         (
             "/v1/messages",
             {
@@ -351,6 +350,7 @@ def test_a_refusal_by_the_app_records_nothing() -> None:
         ({"baggage": "trace-capture=%22"}, {}, "", "the members logits, attention, qk, summary, separated by commas"),
         ({}, {"vllm_xargs": {"trace_capture": ["logits"]}}, "trace_capture", "text"),
         (LOGITS, {"use_beam_search": True}, "use_beam_search", "false"),
+        (LOGITS, {"prompt_embeds": "AAAA"}, "prompt_embeds", "text or token IDs"),
     ],
 )
 def test_malformed_or_impossible_is_400_before_generation(

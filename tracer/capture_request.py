@@ -26,7 +26,7 @@ from tracer.records import (
     RouterSpec,
 )
 
-__all__ = ["MAX_TEXT", "check_capture", "format_capture", "parse_capture"]
+__all__ = ["MAX_TEXT", "beam_search_refusal", "check_capture", "embeddings_refusal", "format_capture", "parse_capture"]
 
 MAX_TEXT: Final = 4096
 """Bytes of a request's text."""
@@ -98,6 +98,25 @@ def format_capture(spec: CaptureSpec) -> str:
     if spec.summary:
         members.append("summary")
     return ", ".join(members)
+
+
+def beam_search_refusal(example: str) -> CaptureRequestError:
+    """The answer to a capture of beam search; `example` is how its caller switches that off."""
+    return CaptureRequestError(
+        "beam search cannot be captured: every beam and step is a generation of its own; "
+        f"allowed: sampling; example: {example}",
+        member="use_beam_search",
+        allowed="false",
+    )
+
+
+def embeddings_refusal() -> CaptureRequestError:
+    """The answer to a capture of a prompt that is no tokens."""
+    return CaptureRequestError(
+        "a prompt of embeddings cannot be captured: it has no tokens; allowed: text or token IDs; example: prompt",
+        member="prompt_embeds",
+        allowed="text or token IDs",
+    )
 
 
 def check_capture(spec: CaptureSpec, engines: Sequence[EngineInfo]) -> None:

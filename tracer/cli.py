@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     recover = add("recover", _recover, "close what killed writers left in a store; a server's next start does it too")
     recover.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
     doctor = add("doctor", _doctor, "what this installation can capture, and why not")
+    doctor.add_argument("--features", action="store_true", help="which features of vLLM can be captured, and why not")
     for command in (tree, show, doctor):
         command.add_argument("--store", metavar="DIR|URL", help="default: TENSORSPAN_STORE or ./captures")
     for command in (listing, tree, show, index, pruning, recover, doctor):
@@ -219,7 +220,13 @@ def _recover(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from tracer import doctor, show
+    from tracer.support import FEATURES
 
+    if options.features:
+        if options.json:
+            return _print_json([*map(asdict, FEATURES)])
+        show.emit(doctor.features_view())
+        return 0
     settings = config.load({} if options.store is None else {"store": options.store})
     if sys.stderr.isatty():
         sys.stderr.write("asking vLLM, which takes some seconds\n")

@@ -27,8 +27,9 @@ from tracer import config, remote, schema
 from tracer.config import Settings
 from tracer.errors import MissingExtraError, SettingsError
 from tracer.show import disk_bytes, readable_bytes
+from tracer.support import FEATURES, summary
 
-__all__ = ["Check", "Report", "Server", "examine", "find_servers", "report_view"]
+__all__ = ["Check", "Report", "Server", "examine", "features_view", "find_servers", "report_view"]
 
 State = Literal["ok", "absent", "broken"]
 """`absent`: works without, for those who do not need it. `broken`: what is there does not work."""
@@ -41,6 +42,7 @@ EXTRAS: Final = {
     "dask": "captures larger than memory",
 }
 PROTOCOLS: Final = ("grpc", "http/protobuf")
+COLOURS: Final = {"yes": "green", "part": "yellow", "refused": "red", "unproven": "yellow"}
 
 QUESTION: Final = """
 import json, logging, sys
@@ -104,6 +106,7 @@ class Report:
             "healthy": self.healthy,
             "checks": list(map(asdict, self.checks)),
             "servers": [*map(asdict, self.servers)],
+            "features": [*map(asdict, FEATURES)],
         }
 
 
@@ -325,7 +328,24 @@ def report_view(report: Report) -> RenderableType:
             text.append(f"\n→ {check.repair}", style=style)
         table.add_row(Text(mark, style=style), Text(check.name), text)
     servers = [_server_view(server) for server in report.servers]
-    return Group(table, Text(), *(servers or [Text("no server of this user is running", style="dim")]))
+    features = Text(f"features of vLLM: {summary()}; tensorspan doctor --features names them", style="dim")
+    return Group(
+        table, Text(), features, Text(), *(servers or [Text("no server of this user is running", style="dim")])
+    )
+
+
+def features_view() -> RenderableType:
+    """The table of docs/support.md, with the words that a user is told where something is refused."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for feature in FEATURES:
+        text = Text(feature.says)
+        for words in feature.refusals:
+            text.append(f"\n→ {words}", style="dim")
+        table.add_row(Text(feature.name), Text(feature.state, style=COLOURS[feature.state]), text)
+    return table
 
 
 def _server_view(server: Server) -> Text:

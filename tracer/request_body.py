@@ -10,6 +10,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
+from tracer.capture_request import beam_search_refusal, embeddings_refusal
 from tracer.context import TEXT_KEY
 from tracer.errors import CaptureRequestError
 
@@ -55,12 +56,9 @@ class RequestBody:
     def check(self) -> None:
         """Raise CaptureRequestError for a request whose generations are not sequences of the engine."""
         if self.fields.get("use_beam_search"):
-            raise CaptureRequestError(
-                "beam search cannot be captured: every beam and step is a generation of its own; "
-                "allowed: sampling; example: use_beam_search false with n",
-                member="use_beam_search",
-                allowed="false",
-            )
+            raise beam_search_refusal("use_beam_search false with n")
+        if self.fields.get("prompt_embeds"):
+            raise embeddings_refusal()
 
     def generations(self) -> int:
         """How many sequences the engine will make of this request."""
@@ -71,7 +69,7 @@ class RequestBody:
         conversations = self.fields.get("messages")
         if isinstance(conversations, list) and conversations and isinstance(conversations[0], list):
             return len(conversations)
-        return sum(_prompt_count(self.fields.get(name)) for name in ("prompt_embeds", "prompt"))
+        return _prompt_count(self.fields.get("prompt"))
 
     def messages(self) -> tuple[tuple[str, str], ...]:
         """(role, text) in the prompt's order; empty for several prompts, which share no messages."""

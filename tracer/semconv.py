@@ -26,6 +26,7 @@ __all__ = [
     "ATTENTION_TOP_WEIGHT",
     "BATCH_REQUESTS",
     "BATCH_TOKENS",
+    "CAPTURE_MISSING",
     "CAPTURE_REF",
     "CAPTURE_URI",
     "CHOSEN_ID",
@@ -139,6 +140,8 @@ STEPS_COUNT: Final = "tensorspan.steps.count"
 """Step spans made for this generation."""
 STEPS_OMITTED: Final = "tensorspan.steps.omitted"
 """Steps past the setting `steps`: they ran and have no span."""
+CAPTURE_MISSING: Final = "tensorspan.capture.missing"
+"""What was asked for and this engine cannot give, each as `array what: reason`, e.g. `attention layers 0, 2: ...`."""
 DROPPED_RECORDS: Final = "tensorspan.dropped.records"
 """Records that did not fit into the shared-memory queue."""
 DROPPED_SPANS: Final = "tensorspan.dropped.spans"

@@ -16,15 +16,18 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from exporters.otel_spans import OtelExporter
 from exporters.otlp_sender import Sender
 from tests.exporters.collectors import GrpcCollector, HttpCollector, attributes, named
+from tests.exporters.synthetic import engine
 from tracer import semconv
 from tracer.config import Settings
 from tracer.records import (
     ArrayRecord,
+    AttentionSpec,
     AttentionSummary,
     CaptureSpec,
     EngineInfo,
     GenerationEnd,
     GenerationStart,
+    LogitsSpec,
     LogitsSummary,
     Record,
     RequestSpan,
@@ -285,6 +288,15 @@ def test_losses_reach_the_generation_span(collector: GrpcCollector) -> None:
     assert (generation[semconv.DROPPED_ARRAYS], generation[semconv.DROPPED_RECORDS]) == (3, 2)
     assert "attention_prefill: budget" in generation[semconv.DROPPED_CAUSES]
     assert attributes(named(spans, "prefill")[0])[semconv.DROPPED_ARRAYS] == 2
+
+
+def test_what_the_engine_cannot_give_is_said_on_the_generation(collector: GrpcCollector) -> None:
+    exporter = OtelExporter(Settings())
+    asked = CaptureSpec(LogitsSpec(), AttentionSpec(layers=(0, 1, 2)))
+    send(exporter, [engine(layers=4, refused=[1, 2, 3]), *whole(capture=asked), *whole(capture=None)])
+    captured, silent = map(attributes, named(collector.spans(14), "chat SmolLM2"))
+    assert captured["tensorspan.capture.missing"] == ["attention layers 1-2: MLA"]
+    assert "tensorspan.capture.missing" not in silent
 
 
 def test_ranks_of_one_engine_give_one_span_per_step(collector: GrpcCollector) -> None:

@@ -66,8 +66,8 @@ class Answer:
     capture: Capture | None
 
 
-def run(llm: Any, store: Path, asks: Sequence[Ask]) -> list[Answer]:
-    """One `llm.generate` call with all of `asks`; `n` must be 1."""
+def run(llm: Any, store: Path, asks: Sequence[Ask], **options: Any) -> list[Answer]:
+    """One `llm.generate` call with all of `asks` and these further `options`; `n` must be 1."""
     from vllm import SamplingParams
 
     params = []
@@ -76,7 +76,7 @@ def run(llm: Any, store: Path, asks: Sequence[Ask]) -> list[Answer]:
         chosen = {**GREEDY, "max_tokens": ask.max_tokens, "extra_args": extra or None, **ask.params}
         params.append(SamplingParams(**chosen))
     with watched() as sent:
-        outputs = llm.generate([{"prompt_token_ids": ask.prompt} for ask in asks], params, use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": ask.prompt} for ask in asks], params, use_tqdm=False, **options)
     starts = [record for record in sent if isinstance(record, GenerationStart)]
     flush(sent)
     return [

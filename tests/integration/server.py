@@ -9,16 +9,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Server", "free_port", "server_environment"]
+__all__ = ["Server", "await_true", "free_port", "server_environment"]
 
 START_SECONDS: Final = 420
 """The first start on a machine compiles the model."""
+
+
+def await_true(what: Callable[[], bool]) -> None:
+    """Return when `what` holds; fail after a minute."""
+    for _ in range(1200):
+        if what():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("it did not happen")
 
 
 def free_port() -> int:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ import pytest
 from exporters import journal
 from exporters.journal import FOLDER, StepEntry
 from tests.integration.oracle import oracle
-from tests.integration.server import Server, server_environment
+from tests.integration.server import Server, await_true, server_environment
 from tests.integration.test_server import TOLERANCE, chat, exporter_of
 from tracer import Capture, open_capture
 
@@ -59,14 +58,6 @@ def await_steps(store: Path) -> Path:
             return found[0]
         threading.Event().wait(0.05)
     raise AssertionError("no capture was begun")
-
-
-def await_true(what: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if what():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("it did not happen")
 
 
 def check(cap: Capture, acknowledged: int, model: Path) -> None:

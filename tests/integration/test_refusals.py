@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from exporters.ledger import ranges
 from tests.integration.models import VOCAB, make_model
 from tests.integration.oracle import oracle
 from tests.integration.runs import (
@@ -107,6 +108,9 @@ def test_a_hybrid_gives_what_it_has_and_names_the_rest(
     assert not cap.complete
     assert [entry["what"] for entry in cap.missing] == [f"layer {index}" for index in refused]
     assert all("MambaMixer2 is not causal softmax attention" in entry["reason"] for entry in cap.missing)
+    [span] = [span for span in spans_of(run_.store, cap.trace_id) if span["spanId"] == cap.span_id]
+    said = [entry["stringValue"] for entry in span["attributes"]["tensorspan.capture.missing"]["arrayValue"]["values"]]
+    assert said == [f"attention {ranges('layer', refused)}: {cap.missing[0]['reason']}"]
     want = oracle(path, tokens + answer)
     for place, layer in enumerate(able):
         for step, row in enumerate(rows_of(cap, layer)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, Final, get_args
 
@@ -20,6 +21,7 @@ __all__ = [
     "attention_type",
     "backend_is_known",
     "backend_name",
+    "beam_search_class",
     "class_path",
     "full_graph_mode",
     "is_eager",
@@ -176,6 +178,12 @@ def worker_wrapper_class() -> Any:
 def output_processor_class() -> Any:
     """`OutputProcessor`: sees each generation begin and end, behind the server and behind `LLM` alike."""
     return importlib.import_module("vllm.v1.engine.output_processor").OutputProcessor
+
+
+def beam_search_class() -> Any | None:
+    """The part of the offline `LLM` that searches beams; None in a process that has not imported it."""
+    module = sys.modules.get("vllm.entrypoints.generate.beam_search.offline")
+    return getattr(module, "BeamSearchOfflineMixin", None)
 
 
 def attention_class() -> Any:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from tracer import context
 from tracer._guard import Guard
+from tracer.capture_request import beam_search_refusal, embeddings_refusal
 from tracer.config import Settings
 from tracer.context import ACTIVE, EXTRA_ARGS_KEY, TEXT_KEY, Inbound
 from tracer.export import Channel, engine_infos, mark_hooked, process_channel
@@ -76,6 +77,8 @@ class Frontend:
         traced = None
         if inbound is not None and (inbound.sampled or inbound.capture is not None):
             if inbound.source == "offline" and inbound.capture is not None:
+                if request.prompt_token_ids is None:
+                    raise embeddings_refusal()
                 context.check_capture(inbound.capture, self._engine_infos(processor))
             with self._guard("announcing a generation"):
                 traced = self._announce(processor, request, choice, inbound)
@@ -117,10 +120,10 @@ class Frontend:
             sampled=inbound.sampled,
             start_ns=context.wall_clock_ns(),
             request_id=request.request_id,
-            model=model,
+            model=request.lora_request.lora_name if request.lora_request is not None else model,
             operation=inbound.operation,
             choice=choice,
-            prompt_tokens=len(ids),
+            prompt_tokens=len(request.prompt_embeds if request.prompt_token_ids is None else ids),
             max_tokens=request.sampling_params.max_tokens,
             params=_parameters(request.sampling_params),
             capture=inbound.capture,
@@ -276,4 +279,28 @@ def install(settings: Settings) -> None:
     hooks = (add_request, process_outputs, abort_requests, propagate_error)
     for hook in hooks:
         compat.patch(owner, hook.__name__, hook)
+    if (searching := compat.beam_search_class()) is not None:
+        compat.patch(searching, "beam_search", lambda original: _one_search(original, settings))
     mark_hooked()
+
+
+def _one_search(original: Any, settings: Settings) -> Any:
+    """Offline beam search, of which vLLM makes a request per beam and step: no capture, and one trace of them all."""
+
+    def beam_search(*args: Any, **named: Any) -> Any:
+        inbound = ACTIVE.get()
+        if inbound is not None and inbound.capture is not None:
+            raise beam_search_refusal("LLM.generate with n")
+        if inbound is None and not settings.trace:
+            return original(*args, **named)
+        # Unlike `Inbound.offline`, whose generations are traces of their own.
+        together = Inbound(context.new_trace_id(), sampled=inbound.sampled if inbound is not None else True)
+        token = ACTIVE.set(together)
+        try:
+            return original(*args, **named)
+        finally:
+            ACTIVE.reset(token)
+            if inbound is not None:
+                inbound.issued.extend(together.issued)
+
+    return beam_search

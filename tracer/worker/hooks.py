@@ -135,6 +135,7 @@ def _no_attention(config: Any) -> str | None:
     checks = (
         (config.parallel_config.decode_context_parallel_size > 1, "each rank holds a part of every request's keys"),
         (config.model_config.rswa_window is not None, "reference sliding window attention"),
+        (config.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill keeps most queries from some layers"),
     )
     return next((reason for failed, reason in checks if failed), None)
 

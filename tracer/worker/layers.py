@@ -78,7 +78,7 @@ def describe_layers(modules: Mapping[str, Any], refused: str | None = None) -> l
     named = [(name, modules[name]) for name in sorted(modules, key=_model_order) if _is_layer(modules[name])]
     if refused is not None:
         return [Layer(_info(index, name, module, refused), module) for index, (name, module) in enumerate(named)]
-    layers = [_describe(index, name, module, layouts) for index, (name, module) in enumerate(named)]
+    layers = [_describe(index, name, modules, layouts) for index, (name, _) in enumerate(named)]
     wide = any(layer.needs_f32 for layer in layers if layer.keys is not None)
     return [replace(layer, beside_f32=wide) for layer in layers]
 
@@ -93,10 +93,13 @@ def _model_order(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _describe(index: int, name: str, module: Any, layouts: dict[tuple[Any, ...], KeyLayout | LayoutError]) -> Layer:
-    reason = _refusal(module)
+def _describe(
+    index: int, name: str, modules: Mapping[str, Any], layouts: dict[tuple[Any, ...], KeyLayout | LayoutError]
+) -> Layer:
+    module = modules[name]
+    reason = _refusal(module) or _sharing_refusal(module, modules)
     if reason is None:
-        layout = _layout(module, layouts)
+        layout = _layout(_writer(module, modules), layouts)
         if isinstance(layout, LayoutError):
             reason = str(layout)
         else:
@@ -114,7 +117,6 @@ def _refusal(module: Any) -> str | None:
     impl = module.impl
     checks = (
         (compat.attention_type(impl) != "decoder", f"attention type {compat.attention_type(impl)!r} is not causal"),
-        (module.kv_sharing_target_layer_name is not None, "it reads another layer's KV cache"),
         (module.use_alibi_sqrt, "square-root ALiBi"),
         (module.use_mm_prefix, "bidirectional attention over image tokens"),
         (getattr(impl, "chunk_lookback", -1) > -1, "chunked attention with lookback"),
@@ -138,6 +140,37 @@ def _backend(module: Any) -> str:
     backend = getattr(module, "attn_backend", None)
     where = "" if backend is None else f" ({compat.class_path(backend)})"
     return f"{compat.backend_name(module) or 'without a name'}{where}"
+
+
+def _writer(module: Any, modules: Mapping[str, Any]) -> Any:
+    """The layer that stores the keys which `module` reads: itself, unless the model shares KV caches."""
+    return modules.get(module.kv_sharing_target_layer_name, module)
+
+
+def _sharing_refusal(module: Any, modules: Mapping[str, Any]) -> str | None:
+    """Why a layer that reads another layer's keys cannot be captured.
+
+    The other layer has stored this step's keys before this one runs. It must be one of those that we know, with the
+    very same memory, and with the same window: a layer that sees further would read blocks that were given back.
+    """
+    name = module.kv_sharing_target_layer_name
+    if name is None:
+        return None
+    if name not in modules:
+        return f"it reads the KV cache of {name}, which is not among the layers"
+    writer = modules[name]
+    shared = isinstance(writer.kv_cache, torch.Tensor) and all(
+        read(module.kv_cache) == read(writer.kv_cache)
+        for read in (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride)
+    )
+    checks = (
+        (_refusal(writer) is not None, "cannot be captured either"),
+        (not shared, "keeps its keys elsewhere"),
+        (writer.sliding_window != module.sliding_window, "has another sliding window"),
+        (module.kv_cache_dtype not in PLAIN_DTYPES, "is quantised with scales of its own"),
+    )
+    reason = next((reason for failed, reason in checks if failed), None)
+    return None if reason is None else f"it reads the KV cache of {name}, which {reason}"
 
 
 def _window_agrees(module: Any) -> bool:
