@@ -132,8 +132,8 @@ class CpuRunner(model_runner.GPUModelRunner):  # type: ignore[misc]
 
     main_stream = None
 
-    def prepare_inputs(self, scheduler_output: Any, state: Any, desc: Any, num_active_loras: int) -> InputBatch:
-        """The numpy half of the original; the other half are Triton kernels."""
+    def prepare_inputs(self, scheduler_output: Any, state: Any, desc: Any, *adapters: int) -> InputBatch:
+        """The numpy half of the original (from vLLM 0.31 on told of adapters); the other half are Triton kernels."""
         count, tokens = len(state.req_ids), int(state.num_scheduled_tokens.sum())
         starts = np.concatenate([[0], np.cumsum(state.num_scheduled_tokens)]).astype(np.int32)
         return replace(

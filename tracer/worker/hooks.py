@@ -7,9 +7,9 @@ self-test passed. Otherwise the worker says in its EngineInfo why it cannot capt
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
@@ -17,8 +17,9 @@ from tracer.config import Settings
 from tracer.export import Channel, process_channel, publish_engine
 from tracer.records import EngineInfo, LayerInfo
 from tracer.worker import compat
-from tracer.worker.layers import describe_layers
+from tracer.worker.layers import Layer, describe_layers
 from tracer.worker.maths import choose
+from tracer.worker.rehearsal import Stage, rehearse_when_warm
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.step import StepTracer
@@ -28,36 +29,61 @@ __all__ = ["install"]
 LOG: Final = logging.getLogger("vllm.tensorspan")
 
 
-def install(worker: Any, settings: Settings) -> EngineInfo:
-    """Hook one worker (vLLM's `WorkerBase`) and publish what it can capture; never raises for what vLLM looks like."""
+def install(worker: Any, settings: Settings) -> None:
+    """Hook one worker (vLLM's `WorkerBase`) and publish what it can capture; never raises for what vLLM looks like.
+
+    A version that is not known says so until its rehearsal has passed.
+    """
     channel = process_channel(settings, "worker", settings.queue_mb)
     reason = _unavailable(worker)
-    info = _engine_info(worker, (), reason)
     if reason is None:
         try:
-            info = _hook(worker, channel, settings)
+            _hook(worker, channel, settings)
         except Exception as error:
             LOG.exception("tensorspan: this worker cannot be hooked")
-            info = _engine_info(worker, (), f"unavailable: hooking the worker failed: {type(error).__name__}: {error}")
+            reason = f"unavailable: hooking the worker failed: {type(error).__name__}: {error}"
+    if reason is not None:
+        _announce(channel, _engine_info(worker, (), reason))
+
+
+def _announce(channel: Channel, info: EngineInfo) -> None:
+    """Tell the exporter, the API process and the log what this worker can capture."""
     channel.greet(info)
     publish_engine(channel.settings, info)
     _report(info)
-    return info
 
 
-def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
+def _hook(worker: Any, channel: Channel, settings: Settings) -> None:
     config, runner = worker.vllm_config, worker.model_runner
     layers = describe_layers(config.compilation_config.static_forward_context, _no_attention(config))
     info = _engine_info(worker, tuple(layer.info for layer in layers), None)
     adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
     maths = choose(layers, worker.device, max(2, min(settings.topk, info.vocab_size)))
     info = replace(info, kernels=maths.name)
-    tracer = StepTracer(channel, adapter, layers, info, maths)
+    stage = None if compat.is_known(info.vllm_version) else Stage(channel, adapter)
+    tracer = StepTracer(cast(Channel, stage or channel), stage or adapter, layers, info, maths)
     adapter.install(tracer)
     for layer in layers:
         if layer.math is not None:
             layer.module.impl.forward = _observed(layer.module.impl.forward, layer.info.index, tracer)
-    return info
+    if stage is None:
+        _announce(channel, info)
+    else:
+        _await_rehearsal(worker, channel, stage, layers, info)
+
+
+def _await_rehearsal(worker: Any, channel: Channel, stage: Stage, layers: Sequence[Layer], info: EngineInfo) -> None:
+    """For a version that is not known: nothing can be captured until its rehearsal has passed."""
+
+    def told(problem: str | None) -> None:
+        _announce(channel, info if problem is None else refused(f"it failed its test: {problem}"))
+
+    def refused(why: str) -> EngineInfo:
+        reason = f"unavailable: vLLM {info.vllm_version} is not one this release was tested with, and {why}"
+        return replace(info, logits_unsupported=reason, attention_unsupported=reason)
+
+    rehearse_when_warm(worker, stage, layers, told)
+    publish_engine(channel.settings, refused("its test has not run yet"))
 
 
 def _observed(forward: Callable[..., Any], index: int, tracer: StepTracer) -> Callable[..., Any]:
@@ -91,6 +117,10 @@ def _unavailable(worker: Any) -> str | None:
         (parallel.use_ubatching, "dual-batch overlap is not supported by this release"),
         (config.model_config.is_encoder_decoder, "encoder-decoder models are not supported by this release"),
         (config.model_config.runner_type != "generate", "the model does not generate"),
+        (
+            not compat.is_known(compat.version()) and max(parallel.world_size, parallel.data_parallel_size) > 1,
+            f"vLLM {compat.version()} is not one this release was tested with, and its test needs a single worker",
+        ),
     )
     reason = next((reason for failed, reason in checks if failed), None)
     if reason is None and worker.use_v2_model_runner:
