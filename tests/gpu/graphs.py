@@ -1,8 +1,8 @@
 """Which steps leave FULL CUDA graphs, by vLLM's own counters: `python -m tests.gpu.graphs [--cpu] [--out FILE]`.
 
-Two engines in processes of their own, plain vLLM and vLLM with tensorspan, answer the same prompts. vLLM counts the mode
-of every step (`--cudagraph-metrics`, what its log's table is made of); the step spans say it too. Spans and stored logits
-must not change the counts; a request with captured attention must move its own decode steps, and only those.
+Two engines in processes of their own, plain vLLM and vLLM with tensorspan, answer the same prompts. vLLM counts the
+mode of every step (`--cudagraph-metrics`, what its log's table is made of); the step spans say it too. Spans and stored
+logits must not change the counts; a request with captured attention must move its own decode steps, and only those.
 `--cpu` rehearses this where no graphs are: every step's mode is NONE then.
 """
 
@@ -137,7 +137,8 @@ def _traced(llm: Any, name: str, capture: str, seen: list[str]) -> Counted:
 def _in_child(kind: str, *, cpu: bool) -> dict[str, Counted]:
     plugins = other_plugins() if kind == "plain" else ""
     extra = {"VLLM_PLUGINS": plugins} if kind == "plain" else {}
-    environment = server_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", **extra)
+    # vLLM counts for its log: at a higher level it does not.
+    environment = server_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="INFO", **extra)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counts.json"
         command = [sys.executable, "-m", "tests.gpu.graphs", "--run", kind, "--out", str(out), *["--cpu"] * cpu]

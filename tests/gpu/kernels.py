@@ -54,8 +54,7 @@ def test_rows_and_their_features_are_torchs(case: Case) -> None:
 def test_queries_and_keys_are_torchs_bit_for_bit(case: Case) -> None:
     maths, there = on_device(case)
     for rows in ("decode", "all"):
-        spec = QKSpec(rows=rows)  # type: ignore[arg-type]
-        check_blocks(collect(maths, there, spec, 0), collect(TorchMaths(3), case, spec, 0))
+        check_blocks(collect(maths, there, QKSpec(rows=rows), 0), collect(TorchMaths(3), case, QKSpec(rows=rows), 0))
 
 
 def test_a_gpu_was_used() -> None:

@@ -16,7 +16,7 @@ from tests.integration.runs import prompt, runner_of
 from tracer import config, open_capture
 from tracer.errors import CaptureUnavailableError
 from tracer.export import engine_infos
-from tracer.worker import compat, layers, rehearsal
+from tracer.worker import compat, hooks, layers, rehearsal
 from tracer.worker.batch import StepView
 from tracer.worker.rehearsal import RehearsalError
 from tracer.worker.runner_v1 import RunnerV1
@@ -33,7 +33,7 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "version", lambda: UNKNOWN)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma2", "bloom"])
 def test_an_unknown_version_that_passes_its_test_is_captured(
     family: str, unknown: None, models: Path, offline: Callable[..., Any], generate: Callable[..., Any]
 ) -> None:
@@ -72,12 +72,20 @@ def logits_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepTracer, "forward_done", lambda self, logits: known(self, logits.flip(0)))
 
 
+def hooks_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def observed(*given: Any) -> Callable[..., Any]:
+        return lambda layer, query: None
+
+    monkeypatch.setattr(hooks, "_observed", observed)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (wrong_scale, r"layer model.layers.0.self_attn.attn: weights times values are off the kernel's output by"),
         (rows_of_somebody_else, r"position, keys, step and token are"),
         (logits_of_somebody_else, r"the engine sampled token \d+, the stored logits prefer \d+"),
+        (hooks_that_do_not_fit, "TypeError: "),
     ],
 )
 def test_one_that_fails_it_serves_without(
@@ -92,10 +100,11 @@ def test_one_that_fails_it_serves_without(
     change(monkeypatch)
     with offline(make_model("llama", models)) as (llm, record):
         for asked in ("logits", "attention=(0)"):
-            with pytest.raises(CaptureUnavailableError, match=f"failed its test: RehearsalError: .*{says}"):  # noqa: SIM117
+            with pytest.raises(CaptureUnavailableError, match=f"failed its test: .*{says}"):  # noqa: SIM117
                 with record(asked):
                     generate(llm, [prompt(12)])
         assert [len(answer) for answer in generate(llm, [prompt(12), prompt(7)])] == [8, 8]
+        assert not set(rehearsal.HOOKED) & vars(runner_of(llm)).keys(), "and its steps are as without us"
 
 
 def test_a_step_that_this_version_does_not_take_leaves_nothing_behind(

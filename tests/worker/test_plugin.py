@@ -14,9 +14,7 @@ from tracer.worker import compat, frontend, plugin
 
 
 @pytest.fixture
-def said(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> pytest.LogCaptureFixture:
+def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The plugin's log lines in a process that is a server's first; nothing of vLLM is changed."""
     for name in [name for name in os.environ if name.startswith("TENSORSPAN_")]:
         monkeypatch.delenv(name)

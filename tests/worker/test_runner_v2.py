@@ -125,6 +125,8 @@ class CpuRunner(model_runner.GPUModelRunner):  # type: ignore[misc]
         self.decode_query_len, self.num_speculative_steps, self.dcp_size = 1, 0, 1
         self.use_pp = self.is_encoder_decoder = self.uses_inputs_embeds = self.use_aux_hidden_state_outputs = False
         self.output_copy_stream, self.check_ep_fault = None, False
+        if not hasattr(type(self), "dp_size"):  # properties from vLLM 0.32 on
+            self.dp_size, self.dp_rank = 1, 0
         for name in ("pp_handler", "pooling_runner", "encoder_cache", "aux_output_connector", "pcp_manager",
                      "lora_config", "ubatch_runner", "adaptive_verification", "batch_sharder", "rejection_sampler",
                      "speculator", "fast_prefill", "execute_model_state", "kv_block_zeroer"):  # fmt: skip

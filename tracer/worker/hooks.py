@@ -7,7 +7,7 @@ self-test passed. Otherwise the worker says in its EngineInfo why it cannot capt
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, cast
 
@@ -17,9 +17,10 @@ from tracer.config import Settings
 from tracer.export import Channel, process_channel, publish_engine
 from tracer.records import EngineInfo, LayerInfo
 from tracer.worker import compat
+from tracer.worker.batch import Runner
 from tracer.worker.layers import Layer, describe_layers
 from tracer.worker.maths import choose
-from tracer.worker.rehearsal import Stage, rehearse_when_warm
+from tracer.worker.rehearsal import Outlet, rehearse, unhooking, when_warm
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.step import StepTracer
@@ -32,18 +33,41 @@ LOG: Final = logging.getLogger("vllm.tensorspan")
 def install(worker: Any, settings: Settings) -> None:
     """Hook one worker (vLLM's `WorkerBase`) and publish what it can capture; never raises for what vLLM looks like.
 
-    A version that is not known says so until its rehearsal has passed.
+    A version that is not known is hooked after its warm-up and must pass a test (`rehearsal`).
     """
     channel = process_channel(settings, "worker", settings.queue_mb)
     reason = _unavailable(worker)
-    if reason is None:
-        try:
-            _hook(worker, channel, settings)
-        except Exception as error:
-            LOG.exception("tensorspan: this worker cannot be hooked")
-            reason = f"unavailable: hooking the worker failed: {type(error).__name__}: {error}"
     if reason is not None:
         _announce(channel, _engine_info(worker, (), reason))
+    elif compat.is_known(compat.version()):
+        _announce(channel, _hooked(worker, channel, settings))
+    else:
+        publish_engine(channel.settings, _engine_info(worker, (), f"{_untested()}, and its test has not run yet"))
+        when_warm(worker, lambda: _announce(channel, _rehearsed(worker, channel, settings)))
+
+
+def _hooked(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
+    try:
+        return _hook(worker, channel, settings)[0]
+    except Exception as error:
+        LOG.exception("tensorspan: this worker cannot be hooked")
+        return _engine_info(worker, (), f"unavailable: hooking the worker failed: {type(error).__name__}: {error}")
+
+
+def _rehearsed(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
+    outlet, unhook = Outlet(channel), unhooking(worker)
+    try:
+        info, adapter, layers = _hook(worker, cast(Channel, outlet), settings)
+        rehearse(worker, adapter, layers, outlet)
+    except Exception as error:
+        LOG.exception("tensorspan: the test of this vLLM failed")
+        unhook()
+        return _engine_info(worker, (), f"{_untested()}, and it failed its test: {type(error).__name__}: {error}")
+    return info
+
+
+def _untested() -> str:
+    return f"unavailable: vLLM {compat.version()} is not one this release was tested with"
 
 
 def _announce(channel: Channel, info: EngineInfo) -> None:
@@ -53,37 +77,19 @@ def _announce(channel: Channel, info: EngineInfo) -> None:
     _report(info)
 
 
-def _hook(worker: Any, channel: Channel, settings: Settings) -> None:
+def _hook(worker: Any, channel: Channel, settings: Settings) -> tuple[EngineInfo, Runner, list[Layer]]:
     config, runner = worker.vllm_config, worker.model_runner
     layers = describe_layers(config.compilation_config.static_forward_context, _no_attention(config))
     info = _engine_info(worker, tuple(layer.info for layer in layers), None)
     adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
     maths = choose(layers, worker.device, max(2, min(settings.topk, info.vocab_size)))
     info = replace(info, kernels=maths.name)
-    stage = None if compat.is_known(info.vllm_version) else Stage(channel, adapter)
-    tracer = StepTracer(cast(Channel, stage or channel), stage or adapter, layers, info, maths)
+    tracer = StepTracer(channel, adapter, layers, info, maths)
     adapter.install(tracer)
     for layer in layers:
         if layer.math is not None:
             layer.module.impl.forward = _observed(layer.module.impl.forward, layer.info.index, tracer)
-    if stage is None:
-        _announce(channel, info)
-    else:
-        _await_rehearsal(worker, channel, stage, layers, info)
-
-
-def _await_rehearsal(worker: Any, channel: Channel, stage: Stage, layers: Sequence[Layer], info: EngineInfo) -> None:
-    """For a version that is not known: nothing can be captured until its rehearsal has passed."""
-
-    def told(problem: str | None) -> None:
-        _announce(channel, info if problem is None else refused(f"it failed its test: {problem}"))
-
-    def refused(why: str) -> EngineInfo:
-        reason = f"unavailable: vLLM {info.vllm_version} is not one this release was tested with, and {why}"
-        return replace(info, logits_unsupported=reason, attention_unsupported=reason)
-
-    rehearse_when_warm(worker, stage, layers, told)
-    publish_engine(channel.settings, refused("its test has not run yet"))
+    return info, adapter, layers
 
 
 def _observed(forward: Callable[..., Any], index: int, tracer: StepTracer) -> Callable[..., Any]:

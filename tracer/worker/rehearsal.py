@@ -8,12 +8,12 @@ step, captured as any request's are, and what was captured must explain what the
 
 A wrong row, key, scale, window or logits row breaks one of them. vLLM's own warm-up makes requests up in the same way
 (`vllm.v1.worker.gpu.warmup`). It takes a few forward passes of a dozen tokens, after the engine's warm-up and before
-its first request; the cache blocks that it writes are free, and written again before anybody reads them.
+its first request; the hooks are set then, and taken away again if the test fails. The cache blocks that it writes are
+free, and written again before anybody reads them.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,12 +27,11 @@ from tracer.context import EXTRA_ARGS_KEY, to_extra_args
 from tracer.export import Channel
 from tracer.records import AttentionSpec, CaptureSpec, LogitsSpec, Record, StepRecord, TraceRequest
 from tracer.worker import compat
-from tracer.worker.batch import Row, Runner, StepPlan, StepView
+from tracer.worker.batch import Row, Runner
 from tracer.worker.layers import Layer
 
-__all__ = ["RehearsalError", "Stage", "rehearse", "rehearse_when_warm"]
+__all__ = ["Outlet", "RehearsalError", "rehearse", "unhooking", "when_warm"]
 
-LOG: Final = logging.getLogger("vllm.tensorspan")
 CAPTURE: Final = CaptureSpec(logits=LogitsSpec(dtype="f32"), attention=AttentionSpec(dtype="f32"))
 PROMPTS: Final = {"tensorspan-a": 11, "tensorspan-b": 6}
 """Made-up requests and the tokens of their prompts."""
@@ -42,6 +41,8 @@ STEPS: Final = (
     {"tensorspan-a": 1, "tensorspan-b": 1},
 )
 """Tokens of each request in each step."""
+HOOKED: Final = ("execute_model", "sample_tokens", "prepare_inputs", "sample", "dispatch", "compute_logits", "forward")
+"""Attributes of a runner and its parts that hooks replace."""
 LONGEST: Final = 16
 """Positions that the blocks of a request must hold."""
 TOLERANCE: Final = {torch.float32: 1e-3}
@@ -57,16 +58,12 @@ class RehearsalError(RuntimeError):
     """What was captured does not explain what the engine did."""
 
 
-class Stage:
-    """Stands between a `StepTracer` and its runner and channel: shut, then rehearsing, then out of the way."""
+class Outlet:
+    """Stands for the channel of a `StepTracer`: keeps its records while `kept` is a list, else passes them on."""
 
-    def __init__(self, channel: Channel, runner: Runner) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._runner = runner
-        self.version = runner.version
-        self.open = False
         self.kept: list[tuple[Record, bytes]] | None = None
-        """Records of a rehearsal; None outside of one."""
 
     def send(self, record: Record, payload: Sequence[memoryview] = ()) -> bool:
         """See `Channel.send`."""
@@ -74,19 +71,6 @@ class Stage:
             return self._channel.send(record, payload)
         self.kept.append((record, b"".join(part.tobytes() for part in payload)))
         return True
-
-    def plan(self, scheduler_output: Any) -> StepPlan:
-        """See `batch.Runner`; nothing is ever planned where the rehearsal failed or did not take place."""
-        plan = self._runner.plan(scheduler_output)
-        return plan if self.open or self.kept is not None else StepPlan((), frozenset(), frozenset(), frozenset())
-
-    def view(self) -> StepView:
-        """See `batch.Runner`."""
-        return self._runner.view()
-
-    def demote(self, demoted: bool) -> None:
-        """See `batch.Runner`."""
-        self._runner.demote(demoted)
 
 
 @dataclass(slots=True)
@@ -99,48 +83,63 @@ class _Pass:
     """[tokens, heads, size]."""
 
 
-def rehearse_when_warm(worker: Any, stage: Stage, layers: Sequence[Layer], tell: Callable[[str | None], None]) -> None:
-    """After vLLM's own warm-up, rehearse; `tell` gets the reason for which nothing can be captured, or None."""
+def when_warm(worker: Any, action: Callable[[], None]) -> None:
+    """Call `action` once vLLM's own warm-up has run: hooks that do not fit cannot stop the start then."""
     warm_up = worker.compile_or_warm_up_model
 
     def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
         result = warm_up(*args, **kwargs)
-        problem = None
-        try:
-            rehearse(worker, stage, layers)
-        except Exception as error:
-            LOG.exception("tensorspan: the test of this vLLM failed")
-            problem = f"{type(error).__name__}: {error}"
-        stage.open = problem is None
-        tell(problem)
+        action()
         return result
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
-def rehearse(worker: Any, stage: Stage, layers: Sequence[Layer]) -> None:
-    """Run the made-up steps and check them; raises RehearsalError, or whatever this vLLM raises."""
+def unhooking(worker: Any) -> Callable[[], None]:
+    """Call before hooking a worker: what is returned takes all hooks away again."""
+    runner = worker.model_runner
+    modules = worker.vllm_config.compilation_config.static_forward_context.values()
+    parts = [getattr(runner, name, None) for name in ("model", "cudagraph_dispatcher", "cudagraph_manager")]
+    owners = [runner, *parts, *(getattr(module, "impl", None) for module in modules)]
+    saved = [(owner, name, vars(owner).get(name)) for owner in owners if owner is not None for name in HOOKED]
+
+    def unhook() -> None:
+        for owner, name, value in saved:
+            if value is not None:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
+
+    return unhook
+
+
+def rehearse(worker: Any, runner: Runner, layers: Sequence[Layer], outlet: Outlet) -> None:
+    """Run the made-up steps and check them; raises RehearsalError, or whatever this vLLM raises.
+
+    runner: the adapter that the worker is hooked with; outlet: the channel of its tracer.
+    """
     layers = [layer for layer in layers if layer.math is not None]
     steps = [{name: count for name, count in step.items() if name in _cast(worker)} for step in STEPS]
     values: dict[tuple[str, int], torch.Tensor] = {}
-    stage.kept, seen = [], _Pass()
+    kept: list[tuple[Record, bytes]] = []
+    seen = _Pass()
+    outlet.kept = kept
     started: dict[str, int] = {}
     try:
         with _watched(layers, seen):
             for counts in steps:
                 output = _scheduled(worker, counts, started)
                 started |= {name: started.get(name, 0) + count for name, count in counts.items()}
-                done = worker.execute_model(output)
-                rows = {row.request_id: row for row in stage.view().rows}
-                tokens = _sampled(worker, done)
+                rows, tokens = _step(worker, runner, output)
                 for name in counts:
                     _remember(values, name, rows[name], seen)
-                    _check(layers, rows[name], started[name], tokens[name], _record(stage.kept, name), values, seen)
-                stage.kept.clear()
+                    _check(layers, rows[name], started[name], tokens[name], _record(kept, name), values, seen)
+                for found in (kept, seen.values, seen.outputs):
+                    found.clear()
     finally:
         if started:  # also after a failure: a request that nobody ends would stay in the engine's batch
             worker.execute_model(_finished(set(started)))
-        stage.kept = None
+        outlet.kept = None
 
 
 def _cast(worker: Any) -> list[str]:
@@ -204,8 +203,17 @@ def _finished(names: set[str]) -> Any:
     return output
 
 
+def _step(worker: Any, runner: Runner, output: Any) -> tuple[dict[str, Row], dict[str, int]]:
+    """Run a step; its rows as the adapter sees them, and its tokens as the engine reports them, by request."""
+    done = worker.execute_model(output)
+    try:
+        rows = {row.request_id: row for row in runner.view().rows}
+    finally:  # or the runner would wait for it forever
+        tokens = _sampled(worker, done)
+    return rows, tokens
+
+
 def _sampled(worker: Any, done: Any) -> dict[str, int]:
-    """The step's tokens by request, as the engine reports them."""
     output = worker.sample_tokens(None) if done is None else done
     if hasattr(output, "get_output"):
         output = output.get_output()
