@@ -105,6 +105,8 @@ def step_attributes(record: StepRecord, style: Style) -> Attributes:
     }
     if record.step is not None:
         out[name.STEP_INDEX] = int(record.step)
+    if record.drafts:
+        out |= {name.DRAFTS: int(record.drafts), name.DRAFTS_ACCEPTED: int(record.drafts_accepted)}
     if record.token_id is not None and style.content:
         out[name.CHOSEN_ID] = int(record.token_id)
     if record.logits is not None:

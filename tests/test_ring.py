@@ -63,6 +63,16 @@ def test_an_empty_ring_starts_again_at_hot_memory() -> None:
     assert ring.used == 0
 
 
+def test_a_ring_that_starts_again_has_all_its_room() -> None:
+    ring, block = Ring.create(4 * HOT_BYTES), view(bytes(1 << 20))
+    for _ in range(HOT_BYTES // (1 << 20) + 1):
+        assert ring.write(1, b"", [block])
+        assert ring.read() is not None
+        ring.release()
+    burst = [ring.write(1, b"", [block]) for _ in range(70)]
+    assert burst.count(True) == 63, "all that fits beside the frames' heads, before the consumer has woken up"
+
+
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=400)), max_size=200))
 def test_any_mix_of_writes_and_reads_keeps_order(actions: list[bytes | None]) -> None:
     ring, expected = Ring.create(2048), []

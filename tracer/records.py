@@ -239,6 +239,9 @@ class StepRecord:
     batch_requests: int = 1
     batch_tokens: int = 1
     cuda_graph: str = "NONE"
+    drafts: int = 0
+    """Draft tokens of this generation that the engine step verified; its accepted ones share the step's times."""
+    drafts_accepted: int = 0
     token_id: int | None = None
     logits: LogitsSummary | None = None
     attention: AttentionSummary | None = None

@@ -31,6 +31,8 @@ TAIL: Final = 8
 HOT_BYTES: Final = 1 << 24
 """A ring that is empty starts again at its first byte once it has come this far: memory that was just used is still in
 the CPU's cache, and a ring whose consumer keeps up never touches (so never occupies) the rest of its capacity."""
+BASE: Final = 24
+"""The position that lies at the first byte; the producer moves it, and only while the ring is empty."""
 WAITING: Final = 16
 """Set by a consumer that is about to sleep: the producer should wake it."""
 
@@ -82,10 +84,11 @@ class Ring:
         payload_bytes = sum(part.nbytes for part in payload)
         need = _aligned(FRAME.size + len(meta) + payload_bytes)
         head = int(self._words[HEAD])
-        offset = head % self.capacity
         used = self.used
-        restart = used == 0 and offset >= HOT_BYTES and need <= offset
-        filler = self.capacity - offset if restart or offset + need > self.capacity else 0
+        if used == 0 and (self._offset(head) >= HOT_BYTES or self._offset(head) + need > self.capacity):
+            self._words[BASE] = head
+        offset = self._offset(head)
+        filler = self.capacity - offset if offset + need > self.capacity else 0
         if used + filler + need > self.capacity:
             return False
         if filler:
@@ -105,7 +108,7 @@ class Ring:
     def read(self) -> Frame | None:
         """The next frame, or None if the ring is empty; call `release` before reading again."""
         while self._words[TAIL] != self._words[HEAD]:
-            offset = int(self._words[TAIL]) % self.capacity
+            offset = self._offset(int(self._words[TAIL]))
             kind, meta_bytes, payload_bytes = FRAME.unpack_from(self._data, offset)
             if kind == SKIP:
                 self._words[TAIL] += self.capacity - offset
@@ -120,6 +123,9 @@ class Ring:
         """Give the space of the frame last read back to the producer."""
         self._words[TAIL] += self._pending
         self._pending = 0
+
+    def _offset(self, position: int) -> int:
+        return (position - int(self._words[BASE])) % self.capacity
 
     def close(self) -> None:
         """Give the memory back; every frame must have been let go of before."""

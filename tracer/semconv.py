@@ -33,6 +33,8 @@ __all__ = [
     "CHOSEN_RANK",
     "CUDA_GRAPH",
     "DEFAULT_SERVICE",
+    "DRAFTS",
+    "DRAFTS_ACCEPTED",
     "DROPPED_ARRAYS",
     "DROPPED_CAUSES",
     "DROPPED_RECORDS",
@@ -163,6 +165,10 @@ STEP_POSITION: Final = "tensorspan.step.position"
 BATCH_REQUESTS: Final = "tensorspan.batch.requests"
 BATCH_TOKENS: Final = "tensorspan.batch.tokens"
 CUDA_GRAPH: Final = "tensorspan.cuda_graph"
+DRAFTS: Final = "tensorspan.draft.tokens"
+"""Speculative decoding: draft tokens of this generation that the engine step verified; absent if there were none."""
+DRAFTS_ACCEPTED: Final = "tensorspan.draft.accepted"
+"""How many of them were accepted: that many step spans and one more come from the same engine step."""
 CHOSEN_ID: Final = "tensorspan.token.id"
 """Content: only with the content opt-in."""
 CHOSEN_LOGPROB: Final = "tensorspan.token.logprob"

@@ -177,7 +177,9 @@ def _inspect(store: Path, refs: Sequence[str], drain: float, writer: float) -> C
         steps += capture.num_steps
         raw += raw_bytes(store / ref)
         if not capture.complete:
-            faults.append(f"{ref}: {'; '.join(entry['reason'] for entry in capture.missing[:2]) or 'not complete'}")
+            faults.append(
+                f"{ref}: {'; '.join(' '.join(entry.values()) for entry in capture.missing[:2]) or 'not complete'}"
+            )
     paths = [path for ref in refs for path in (store / ref).rglob("*") if path.is_file()]
     disk = sum(path.stat().st_size for path in paths)
     return Captured(len(refs), steps, raw / 1e6, disk / 1e6, len(paths), drain, writer, tuple(faults))

@@ -21,7 +21,6 @@ from tests.integration.runs import (
     prompt,
     rows_of,
     run,
-    run_script,
     spans_of,
     watched,
 )
@@ -296,47 +295,6 @@ def test_a_mistake_of_ours_costs_one_capture_and_no_answer(
     [after] = run(llama_engine, store, [alone])
     assert after.capture is not None
     assert after.capture.complete, after.capture.missing
-
-
-SPECULATIVE = """
-import json, sys
-from vllm import LLM, SamplingParams
-from tracer import capture
-from tracer.errors import CaptureUnavailableError
-
-if __name__ == "__main__":
-    model, store = sys.argv[1:]
-    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-    params = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=12)
-    prompt = [{"prompt_token_ids": [7, 8, 9, 10] * 8}]
-    with capture("", store=store) as run:
-        llm = LLM(model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=256,
-                  kv_cache_memory_bytes=1 << 26, speculative_config=drafts)
-        tokens = list(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids)
-    said = ""
-    try:
-        with capture("logits", store=store):
-            llm.generate(prompt, params, use_tqdm=False)
-    except CaptureUnavailableError as error:
-        said = str(error)
-    again = list(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids)
-    print("RESULT", json.dumps({"said": said, "tokens": tokens, "again": again, "spans": run.span_ids}))
-"""
-
-
-def test_speculative_decoding_is_unavailable_and_serves(
-    models: Path, llama_engine: Any, store: Path, tmp_path: Path
-) -> None:
-    path = make_model("llama", models)
-    # In a process of its own: vLLM cannot start another engine where numba has compiled the proposer.
-    got = run_script(
-        tmp_path / "script.py", SPECULATIVE, path, tmp_path / "captures", VLLM_ENABLE_V1_MULTIPROCESSING="0"
-    )
-    assert "logits cannot be captured on this server: speculative decoding is not supported" in got["said"]
-    assert len(got["spans"]) == 1
-    assert got["tokens"] == got["again"]
-    [plain] = run(llama_engine, store, [Ask([7, 8, 9, 10] * 8, max_tokens=12)])
-    assert got["tokens"] == plain.tokens
 
 
 def test_ids_are_unique_across_starts(models: Path, store: Path, offline: Callable[..., Any]) -> None:

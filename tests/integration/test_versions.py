@@ -59,8 +59,8 @@ def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     known = RunnerV1.view
 
-    def view(self: RunnerV1) -> StepView:
-        seen = known(self)
+    def view(self: RunnerV1, **more: bool) -> StepView:
+        seen = known(self, **more)
         names = [row.request_id for row in seen.rows]
         return replace(seen, rows=tuple(replace(row, request_id=name) for row, name in zip(seen.rows, names[::-1])))  # noqa: B905
 

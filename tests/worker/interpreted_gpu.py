@@ -171,6 +171,23 @@ def test_logit_statistics_are_those_of_torch(
             assert on_host(values).dtype == on_host(others).dtype
 
 
+def test_each_draft_is_told_its_own_token() -> None:
+    logits, spec = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)), records.CaptureSpec()
+    row = Row("r", 1, 0, 3, 5, 4, samples=True, drafts=2, first_logits=1)
+    works = [Work(part, traced(spec, [], ()), place) for place, part in enumerate(row.parts())]
+    step, gpu = holding(works), gpu_maths([])
+    gpu.logits(step, works, logits)
+    gpu.copy(step)
+    gpu.sampled(step, torch.tensor([[9, -1, -1], [7, 3, -1]]))
+    assert step.buffers.logits_plan.ranked
+    for work in works:
+        work.take([7, 3], settled=True)
+    gpu.finish(step)
+    expected = logits_summaries(logits[1:], logits_statistics(logits[1:], 3), [7, 3, None])
+    assert [work.logits for work in works] == [*expected[:2], None]
+    assert [work.rejected for work in works] == [False, False, True]
+
+
 def layer_of(cache: torch.Tensor, **maths_of: Any) -> Layer:
     return make_layer(0, "rows", 16, 8, 1, LayerMath(1.0, **maths_of), cache)
 

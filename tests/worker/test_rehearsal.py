@@ -29,7 +29,9 @@ class Worker:
             max_num_seqs=limits.get("requests", 4), max_num_batched_tokens=limits.get("tokens", 32)
         )
         model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: VOCAB)
-        self.vllm_config = SimpleNamespace(scheduler_config=scheduler, model_config=model, kv_transfer_config=None)
+        self.vllm_config = SimpleNamespace(
+            scheduler_config=scheduler, model_config=model, kv_transfer_config=None, speculative_config=None
+        )
         self.execute_model, self.sample_tokens = runner.execute_model, runner.sample_tokens
         self.model_runner.ec_connector = self  # a step without tokens asks it
         self.warmed = False

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import BatchDescriptor
 from vllm.sampling_params import SamplingParams
@@ -38,6 +39,9 @@ def adapter(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> tuple[Run
         input_batch=SimpleNamespace(req_ids=["a", "b", None], num_reqs=2, num_computed_tokens_cpu=np.array([7, 4, 0])),
         discard_request_mask=SimpleNamespace(np=np.array([False, True, False])),
         requests={"a": SimpleNamespace(num_prompt_tokens=5), "b": SimpleNamespace(num_prompt_tokens=9)},
+        speculative_config=None,
+        use_async_spec_decode=False,
+        num_computed_tokens=torch.tensor([6, 4, 0]),
     )
     made = RunnerV1(runner)
     made._wrap_dispatch()
@@ -65,10 +69,31 @@ def test_plan_says_who_came_who_left_and_who_was_preempted() -> None:
 def test_view_follows_the_batchs_order_and_marks_chunks_that_sample_nothing() -> None:
     made, _ = adapter()
     made.plan(output({"b": 3, "a": 1}))
-    decode, chunk = made.view().rows
+    decode, chunk = made.view(exact=True).rows
     assert (decode.request_id, decode.first, decode.position, decode.step, decode.is_prefill) == ("a", 0, 7, 3, False)
     assert (chunk.request_id, chunk.first, chunk.tokens, chunk.position, chunk.step) == ("b", 1, 3, 6, None)
-    assert made.view().tokens == 4
+    assert made.view(exact=True).tokens == 4
+
+
+def test_each_draft_token_is_a_row_of_its_own() -> None:
+    _, runner = adapter()
+    runner.speculative_config, runner.discard_request_mask.np[1] = object(), False
+    made = RunnerV1(runner)
+    made.plan(output({"a": 3, "b": 5}, scheduled_spec_decode_tokens={"a": [1, 2]}))
+    a, b = made.view(exact=True).rows
+    assert [(part.first, part.position, part.step, part.logits_row) for part in a.parts()] == [
+        (0, 7, 3, 0), (1, 8, 4, 1), (2, 9, 5, 2)
+    ]  # fmt: skip
+    assert all(not part.is_prefill and part.tokens == 1 for part in a.parts())
+    assert [(part.first, part.tokens, part.step, part.logits_row) for part in b.parts()] == [(3, 5, 0, 3)]
+
+
+def test_what_only_the_device_knows_is_asked_for_when_it_is_needed() -> None:
+    made, runner = adapter()
+    runner.use_async_spec_decode = True
+    made.plan(output({"a": 1, "b": 3}))
+    assert [row.computed for row in made.view(exact=True).rows] == [6, 4]
+    assert [row.computed for row in made.view(exact=False).rows] == [7, 4]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +114,7 @@ def test_a_demoted_step_gets_the_best_graph_that_is_not_full(mode: CUDAGraphMode
     assert plain == (CUDAGraphMode.FULL if mode.decode_mode() == CUDAGraphMode.FULL else mode)
     made.demote(True)
     chosen, descriptor = dispatch(num_tokens=2, uniform_decode=True, valid_modes=None, invalid_modes=None)
-    assert (chosen.name, made.view().cuda_graph, descriptor.num_tokens) == (demoted, demoted, 2)
+    assert (chosen.name, made.view(exact=True).cuda_graph, descriptor.num_tokens) == (demoted, demoted, 2)
     made.demote(False)
     assert dispatch(num_tokens=2, uniform_decode=True)[0] == plain
 

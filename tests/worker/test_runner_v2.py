@@ -127,6 +127,8 @@ class CpuRunner(model_runner.GPUModelRunner):  # type: ignore[misc]
         self.output_copy_stream, self.check_ep_fault = None, False
         if not hasattr(type(self), "dp_size"):  # properties from vLLM 0.32 on
             self.dp_size, self.dp_rank = 1, 0
+        self.reached: dict[str, int] = {}
+        """What only the device knows: a request's valid tokens, where the scheduler counts drafts as accepted."""
         for name in ("pp_handler", "pooling_runner", "encoder_cache", "aux_output_connector", "pcp_manager",
                      "lora_config", "ubatch_runner", "adaptive_verification", "batch_sharder", "rejection_sampler",
                      "speculator", "fast_prefill", "execute_model_state", "kv_block_zeroer"):  # fmt: skip
@@ -138,12 +140,20 @@ class CpuRunner(model_runner.GPUModelRunner):  # type: ignore[misc]
         """The numpy half of the original (from vLLM 0.31 on told of adapters); the other half are Triton kernels."""
         count, tokens = len(state.req_ids), int(state.num_scheduled_tokens.sum())
         starts = np.concatenate([[0], np.cumsum(state.num_scheduled_tokens)]).astype(np.int32)
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        drafts = np.array([len(drafted.get(name, ())) for name in state.req_ids], np.int32)
+        computed = self.req_states.num_computed_tokens_np[state.idx_mapping_np]
+        batch = InputBatch.make_dummy(count, tokens, self.input_buffers)
+        for name, first, host in zip(state.req_ids, starts, computed, strict=False):
+            batch.positions[first:] = torch.arange(len(batch.positions) - first) + self.reached.get(name, int(host))
         return replace(
-            InputBatch.make_dummy(count, tokens, self.input_buffers),
+            batch,
             req_ids=state.req_ids, idx_mapping_np=state.idx_mapping_np, query_start_loc_np=starts,
             num_scheduled_tokens=state.num_scheduled_tokens, prefill_len_np=state.prefill_len_np,
-            num_computed_tokens_np=self.req_states.num_computed_tokens_np[state.idx_mapping_np],
-            logits_indices=torch.from_numpy(starts[1:]).long() - 1,
+            num_computed_tokens_np=computed, query_start_loc=torch.from_numpy(starts),
+            num_draft_tokens=int(drafts.sum()), num_draft_tokens_per_req=drafts if drafted else None,
+            cu_num_logits_np=np.concatenate([[0], np.cumsum(drafts + 1)]).astype(np.int32),
+            logits_indices=torch.cat([torch.arange(end - 1 - n, end) for end, n in np.stack([starts[1:], drafts], 1)]),
         )  # fmt: skip
 
     def prepare_attn(self, *args: Any) -> Any:
@@ -241,14 +251,14 @@ def test_rows_of_a_mixed_batch_are_those_of_vllms_order(make: Callable[..., Engi
     engine.run(scheduled({"a": 3}, (arrival("a", 3, None),)))
     new = (arrival("long", 6, LOGITS), arrival("z", 5, None))
     engine.run(scheduled({"z": 5, "long": 4, "a": 1}, new, computed={"a": 3}))
-    view = engine.adapter.view()
+    view = engine.adapter.view(exact=True)
     assert [row.request_id for row in view.rows] == ["a", "long", "z"], "decodes first, whatever the scheduler's order"
     first, chunk, whole = view.rows
     assert (whole.first, whole.tokens, whole.step) == (5, 5, 0)
     assert (first.first, first.tokens, first.computed, first.step, first.is_prefill) == (0, 1, 3, 1, False)
     assert (chunk.first, chunk.tokens, chunk.position, chunk.samples, chunk.step) == (1, 4, 3, False, None)
     engine.run(scheduled({"long": 2}, computed={"long": 4}))
-    (last,) = engine.adapter.view().rows
+    (last,) = engine.adapter.view(exact=True).rows
     assert (last.computed, last.samples, last.step, last.prompt_tokens) == (4, True, 0, 6)
 
 
@@ -313,13 +323,13 @@ def test_only_steps_that_hold_captured_attention_leave_full_graphs(
     engine.runner.model.during_forward = lambda: ran.append("python")
     engine.run(scheduled({"a": 3, "b": 3}, (arrival("a", 3, LOGITS), arrival("b", 3, ATTENTION))))
     engine.run(scheduled({"a": 1}, computed={"a": 3}))
-    plain = engine.adapter.view().cuda_graph
+    plain = engine.adapter.view(exact=True).cuda_graph
     assert plain == ("FULL" if mode.decode_mode() == CUDAGraphMode.FULL else mode.name)
     ran.clear()
     engine.run(scheduled({"a": 1, "b": 1}, computed={"a": 4, "b": 3}))
-    assert (engine.adapter.view().cuda_graph, ran) == (demoted, ["python"])
+    assert (engine.adapter.view(exact=True).cuda_graph, ran) == (demoted, ["python"])
     engine.run(scheduled({"a": 1}, computed={"a": 5}))
-    assert engine.adapter.view().cuda_graph == plain, "full graphs are back with the next step"
+    assert engine.adapter.view(exact=True).cuda_graph == plain, "full graphs are back with the next step"
 
 
 def test_with_data_parallel_ranks_the_demoted_step_asks_for_no_graph(make: Callable[..., Engine]) -> None:
@@ -335,12 +345,77 @@ def test_with_data_parallel_ranks_the_demoted_step_asks_for_no_graph(make: Calla
     assert (found.cg_mode, found.num_tokens, found.num_reqs) == (CUDAGraphMode.NONE, 2, 2)
 
 
+def accepting(**numbers: int) -> Callable[..., SamplerOutput]:
+    """A rejection sampler that takes so many draft tokens of each request."""
+
+    def sample(logits: torch.Tensor, batch: InputBatch, *rest: Any) -> SamplerOutput:
+        taken = [numbers[name] for name in batch.req_ids]
+        tokens = torch.full((len(taken), 3), -1)
+        for row, (number, first) in enumerate(zip(taken, batch.cu_num_logits_np, strict=False)):
+            tokens[row, : number + 1] = logits[first : first + number + 1].argmax(-1)
+        sampled = torch.tensor(taken) + 1
+        return SamplerOutput(tokens, None, None, sampled, torch.zeros_like(sampled))
+
+    return sample
+
+
+def draft(runner: CpuRunner) -> None:
+    """Give it a drafting model, whose work is nobody's concern here."""
+    runner.num_speculative_steps, runner.draft_tokens_handler, runner._draft_workspace_lane = 2, Quiet(), 0
+    runner.speculator = SimpleNamespace(
+        draft_logits=None, supports_mm_inputs=False, propose=lambda batch, *a, **k: torch.zeros(batch.num_reqs, 2)
+    )
+    no = SimpleNamespace(gpu=None)
+    vars(runner.sampler)["sampling_states"] = SimpleNamespace(temperature=no, seeds=no)
+    states = runner.req_states
+    states.draft_tokens, states.last_sampled_tokens, states.next_prefill_tokens = torch.zeros(4, 2), None, None
+
+
+@pytest.mark.parametrize("capture", [LOGITS, ATTENTION])
+def test_drafts_give_a_step_for_each_token_that_was_accepted(
+    make: Callable[..., Engine], capture: records.CaptureSpec
+) -> None:
+    engine = make()
+    runner = engine.runner
+    draft(runner)
+    drafts = {"a": [5, 5], "b": [5]}
+    seen: list[list[tuple[int, int, int]]] = []
+
+    def during_forward() -> None:
+        if engine.tracer.wants_attention:  # as the first attention layer does
+            works = engine.tracer._works(engine.tracer._step)  # type: ignore[arg-type]
+            seen.append([(work.row.first, work.row.position, work.row.logits_row) for work in works])
+
+    runner.model.during_forward = during_forward
+    outputs = [engine.run(scheduled({"a": 3, "b": 4}, (arrival("a", 3, capture), arrival("b", 4, None))))]
+    # The scheduler runs ahead: it counts every draft as accepted until it has been told.
+    for computed, reached, taken in (
+        ({"a": 3, "b": 4}, {}, {"a": 1, "b": 1}),
+        ({"a": 6, "b": 6}, {"a": 5}, {"a": 0, "b": 1}),
+    ):
+        runner.reached, runner.rejection_sampler = reached, accepting(**taken)
+        tokens = {"a": 3, "b": 2}
+        outputs.append(engine.run(scheduled(tokens, computed=computed, scheduled_spec_decode_tokens=drafts)))
+
+    fetched = [output.get_output().sampled_token_ids for output in outputs]
+    assert [[len(ids) for ids in one] for one in fetched] == [[1, 1], [2, 2], [2, 1]]
+    steps = engine.channel.steps
+    steps = engine.channel.steps
+    assert [(step.position, step.step, step.tokens) for step in steps] == [(2, 0, 3), (3, 1, 1), (4, 2, 1), (5, 3, 1)]
+    assert [(step.drafts, step.drafts_accepted) for step in steps] == [(0, 0), (2, 1), (2, 1), (2, 0)]
+    assert [step.token_id for step in steps] == [fetched[0][0][0], *fetched[1][1], *fetched[2][1]]
+    assert [step.batch_tokens for step in steps] == [7, 5, 5, 5]
+    assert len({step.step_span_id for step in steps}) == 4
+    assert seen == ([] if capture is LOGITS else [[(0, 2, 0)], [(2, 3, 2), (3, 4, 3), (4, 5, 4)],
+                                                  [(2, 5, 2), (3, 6, 3), (4, 7, 4)]])  # fmt: skip
+
+
 def test_dummy_runs_and_prompt_logprobs_are_not_steps(make: Callable[..., Engine]) -> None:
     engine = make()
     engine.run(scheduled({"a": 3}, (arrival("a", 3, ATTENTION),)))
-    before = engine.adapter.view()
+    before = engine.adapter.view(exact=True)
     engine.runner.execute_model(scheduled({"_dummy_req_0": 1}), dummy_run=True)
-    assert engine.adapter.view() == before
+    assert engine.adapter.view(exact=True) == before
     assert not engine.adapter._demoted, "a dummy run gets the graph that the other ranks expect"
     assert not engine.tracer.wants_attention
     engine.runner.model.compute_logits(hidden_rows(2))
@@ -379,7 +454,7 @@ def test_a_failed_forward_pass_reaches_vllm_and_ends_the_demotion(make: Callable
 @pytest.mark.parametrize(
     "change",
     [
-        {"adaptive_verification": 1}, {"num_speculative_steps": 2}, {"batch_sharder": 1}, {"ubatch_runner": 1},
+        {"adaptive_verification": 1}, {"batch_sharder": 1}, {"ubatch_runner": 1},
         {"pcp_manager": 1}, {"fast_prefill": 1}, {"cudagraph_manager": None},
         {"model_state": SimpleNamespace(num_new_sampled_tokens_per_step=4)},
     ],
@@ -421,9 +496,9 @@ def test_what_the_layers_gave_is_fetched_although_the_logits_fail(
 def test_a_batch_that_is_not_known_is_not_guessed_at(make: Callable[..., Engine]) -> None:
     engine = make()
     engine.run(scheduled({"a": 2}, (arrival("a", 2, None),)))
-    engine.adapter._batch = replace(engine.adapter._batch, num_draft_tokens=1)
-    with pytest.raises(RuntimeError, match="draft"):
-        engine.adapter.view()
+    engine.adapter._batch = replace(engine.adapter._batch, cu_num_logits_np=np.array([0, 3], np.int32))
+    with pytest.raises(RuntimeError, match="other logits"):
+        engine.adapter.view(exact=True)
     engine.adapter.plan(SchedulerOutput.make_empty())
     with pytest.raises(RuntimeError, match="no input batch"):
-        engine.adapter.view()
+        engine.adapter.view(exact=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 __all__ = ["Arrival", "Row", "Runner", "StepPlan", "StepView"]
@@ -34,7 +35,7 @@ class Row:
 
     request_id: str
     index: int
-    """Its place in the batch: in `query_start_loc`, the block table and, without drafts, the logits."""
+    """Its place in the batch: in `query_start_loc` and the block table."""
     first: int
     """Its first row in the flattened query tensor."""
     tokens: int
@@ -44,6 +45,30 @@ class Row:
     prompt_tokens: int
     samples: bool
     """False for a prefill chunk that is not the last: nothing is sampled from it."""
+    drafts: int = 0
+    """Draft tokens at the end of its query rows, which the sampler may still reject; a part keeps their number."""
+    draft: int = 0
+    """How many of them its last row takes for granted; see `parts`."""
+    first_logits: int | None = None
+    """Its first row of the logits; None where each request has one, at its `index`."""
+
+    def parts(self) -> Iterator[Row]:
+        """The row up to its last verified token, and one more for each draft token: each may give an output token.
+
+        Which of them do is known when the sampler has spoken: with n draft tokens accepted, the first n + 1. Behind a
+        prefill chunk that samples nothing drafts are placeholders.
+        """
+        verified = self.tokens - self.drafts
+        yield replace(self, tokens=verified) if self.drafts else self
+        for draft in range(1, self.drafts + 1 if self.samples else 1):
+            skipped = verified + draft - 1
+            first, computed = self.first + skipped, self.computed + skipped
+            yield replace(self, first=first, tokens=1, computed=computed, draft=draft)
+
+    @property
+    def logits_row(self) -> int:
+        """Its row of the logits."""
+        return self.index if self.first_logits is None else self.first_logits + self.draft
 
     @property
     def position(self) -> int:
@@ -67,6 +92,8 @@ class StepView:
 
     rows: tuple[Row, ...]
     cuda_graph: str = "NONE"
+    settled: bool = True
+    """False if each row's `computed` counts draft tokens of the step before that may yet be rejected."""
 
     @property
     def tokens(self) -> int:
@@ -82,8 +109,11 @@ class Runner(Protocol):
     def plan(self, scheduler_output: Any) -> StepPlan:
         """What is about to run."""
 
-    def view(self) -> StepView:
-        """The batch as the model sees it; valid from the first attention layer until sampling."""
+    def view(self, *, exact: bool) -> StepView:
+        """The batch as the model sees it; valid from the first attention layer until sampling.
+
+        exact: its positions are needed now, even if only the device knows them; else they may come unsettled.
+        """
 
     def demote(self, demoted: bool) -> None:
         """Keep (or stop keeping) the coming steps off FULL CUDA graphs, under which no Python runs."""

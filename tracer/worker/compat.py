@@ -53,11 +53,21 @@ NAMES: Final = (
 V1_NAMES: Final = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.execute_model", ("self", "scheduler_output")),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.v1.worker.gpu_model_runner", "ExecuteModelState", ()),
     ("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch", ("self", "num_tokens")),
     ("vllm.v1.core.sched.output", "SchedulerOutput", ()),
 )
-V1_ATTRIBUTES: Final = ("input_batch", "requests", "discard_request_mask", "compilation_config", "cudagraph_dispatcher")
+V1_ATTRIBUTES: Final = (
+    "input_batch",
+    "requests",
+    "discard_request_mask",
+    "compilation_config",
+    "cudagraph_dispatcher",
+    "num_computed_tokens",
+    "speculative_config",
+    "use_async_spec_decode",
+)
 
 V2_NAMES: Final = (
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model", (
@@ -70,6 +80,7 @@ V2_NAMES: Final = (
         "self", "hidden_states", "input_batch", "grammar_output",
     )),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.dispatch", (
         "self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras", "max_query_len", "num_ubatches",
     )),
@@ -80,7 +91,8 @@ V2_NAMES: Final = (
 V2_FIELDS: Final = (
     ("vllm.v1.worker.gpu.input_batch", "InputBatch", (
         "req_ids", "num_reqs", "idx_mapping_np", "num_scheduled_tokens", "num_draft_tokens", "query_start_loc_np",
-        "num_computed_tokens_np", "prefill_len_np", "cu_num_logits_np",
+        "num_computed_tokens_np", "prefill_len_np", "cu_num_logits_np", "num_draft_tokens_per_req", "positions",
+        "query_start_loc",
     )),
     ("vllm.v1.worker.gpu.cudagraph_utils", "BatchExecutionDescriptor", (
         "cg_mode", "num_tokens", "num_reqs", "uniform_token_count", "max_query_len",

@@ -40,7 +40,7 @@ def send_blocks(channel: Channel, work: Work) -> None:
         for start in range(0, len(values), POSITIONS):
             part = values[start : start + POSITIONS]
             arrays, payload = pack([(name, part, (first + start, *rest))])
-            record = ArrayRecord(traced.request.trace_id, traced.request.span_id, traced.attempt, arrays)
+            record = ArrayRecord(traced.request.trace_id, traced.request.span_id, work.attempt, arrays)
             if not channel.send(record, payload):
                 stop = first + start + len(part) - 1
                 traced.problems.append(f"{name}: queue full at positions {first + start} to {stop}")
@@ -54,10 +54,10 @@ def _record(
     return StepRecord(
         trace_id=traced.request.trace_id,
         span_id=traced.request.span_id,
-        step_span_id=step_span_id(traced.request.span_id, row.position, traced.attempt),
+        step_span_id=step_span_id(traced.request.span_id, row.position, work.attempt),
         step=row.step,
         phase="prefill" if row.is_prefill else "decode",
-        attempt=traced.attempt,
+        attempt=work.attempt,
         position=row.position,
         tokens=row.tokens,
         kv_len=row.position + 1,
@@ -67,6 +67,8 @@ def _record(
         batch_requests=len(view.rows),
         batch_tokens=view.tokens,
         cuda_graph=view.cuda_graph,
+        drafts=row.drafts,
+        drafts_accepted=work.accepted if row.drafts else 0,
         token_id=work.token,
         logits=work.logits,
         attention=work.attention,

@@ -139,8 +139,11 @@ class GpuMaths:
             raise TypeError(f"logits of type {logits.dtype}")
         buffers, (count, vocab) = self._buffers(step), (len(sampling), logits.shape[1])
         plan, buffers.logits = logits_plan(sampling, vocab, self._topk, buffers.logits, self._device)
-        buffers.logit_rows = buffers.logit_rows.room(self._device, 8 * count)
-        buffers.logit_rows.bytes[: 8 * count].view(np.int64)[:] = [work.row.index for work in sampling]
+        buffers.logit_rows = buffers.logit_rows.room(self._device, 24 * count)
+        buffers.logit_rows.bytes[: 24 * count].view(np.int64)[:] = [
+            *(work.row.logits_row for work in sampling), *(work.row.index for work in sampling),
+            *(work.row.draft for work in sampling),
+        ]  # fmt: skip
         buffers.logit_rows.upload()
         size = count * vocab * logits.element_size()
         if len(buffers.raw) < size:
@@ -167,8 +170,8 @@ class GpuMaths:
             return
         count = buffers.logits_plan.count
         buffers.ranks = buffers.ranks.room(self._device, 20 * count)
-        first = tokens.view(len(tokens), -1)[:, 0].index_select(0, _numbers(buffers.logit_rows)[:count])
-        on_device(buffers.ranks, 0, torch.int64, (count,)).copy_(first)
+        rows, drafts = _numbers(buffers.logit_rows)[count : 3 * count].view(2, count)
+        on_device(buffers.ranks, 0, torch.int64, (count,)).copy_(tokens.view(len(tokens), -1)[rows, drafts])
         with self._device.aside(self._device.mark()):
             ask_for_ranks(step.logits, buffers.ranks)
             buffers.ranks.fetch()

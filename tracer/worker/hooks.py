@@ -79,7 +79,7 @@ def _announce(channel: Channel, info: EngineInfo) -> None:
 
 def _hook(worker: Any, channel: Channel, settings: Settings) -> tuple[EngineInfo, Runner, list[Layer]]:
     config, runner = worker.vllm_config, worker.model_runner
-    layers = describe_layers(config.compilation_config.static_forward_context, _no_attention(config))
+    layers = describe_layers(_own_layers(config, runner), _no_attention(config))
     info = _engine_info(worker, tuple(layer.info for layer in layers), None)
     adapter = RunnerV2(runner) if worker.use_v2_model_runner else RunnerV1(runner)
     maths = choose(layers, worker.device, max(2, min(settings.topk, info.vocab_size)))
@@ -90,6 +90,13 @@ def _hook(worker: Any, channel: Channel, settings: Settings) -> tuple[EngineInfo
         if layer.math is not None:
             layer.module.impl.forward = _observed(layer.module.impl.forward, layer.info.index, tracer)
     return info, adapter, layers
+
+
+def _own_layers(config: Any, runner: Any) -> dict[str, Any]:
+    """The served model's layers by name; those of a model that drafts tokens are registered beside them."""
+    own = {id(module) for module in runner.get_model().modules()}
+    context = config.compilation_config.static_forward_context
+    return {name: module for name, module in context.items() if id(module) in own}
 
 
 def _observed(forward: Callable[..., Any], index: int, tracer: StepTracer) -> Callable[..., Any]:
@@ -116,7 +123,6 @@ def _unavailable(worker: Any) -> str | None:
     parallel = config.parallel_config
     checks = (
         (bool(missing), f"vLLM {compat.version()} lacks {', '.join(missing)}"),
-        (config.speculative_config is not None, "speculative decoding is not supported by this release"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported by this release"),
         (parallel.tensor_parallel_size > 1, "tensor parallelism is not supported by this release"),
         (parallel.prefill_context_parallel_size > 1, "context parallelism is not supported by this release"),

@@ -45,7 +45,10 @@ class Maths(Protocol):
         """The forward pass is queued: start to bring its results to the host. Called once, whatever the step holds."""
 
     def sampled(self, step: Step, tokens: torch.Tensor) -> None:
-        """Token IDs [batch rows] or [batch rows, 1] as the sampler leaves them on the device; not every runner says."""
+        """Token IDs as the sampler leaves them on the device, not every runner says.
+
+        tokens: [requests] or [requests, 1 + most drafts], negative after the last one that was accepted.
+        """
 
     def finish(self, step: Step) -> None:
         """Tokens are known: fill each work's summaries and arrays."""

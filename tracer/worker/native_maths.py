@@ -203,7 +203,7 @@ class NativeMaths:
         sizes = [0 if dtype is None else aligned(vocab * dtype[1].itemsize) for dtype in kept]
         buffers.logits = at_least(buffers.logits, aligned(raw) + sum(sizes))
         copy = torch.from_numpy(buffers.logits[:raw]).view(logits.dtype).view(count, vocab)
-        torch.index_select(logits, 0, torch.tensor([work.row.index for work in sampling]), out=copy)
+        torch.index_select(logits, 0, torch.tensor([work.row.logits_row for work in sampling]), out=copy)
         step.logits = copy
         at, copies = aligned(raw), []
         for dtype, size in zip(kept, sizes, strict=True):

@@ -149,8 +149,8 @@ def _cast(worker: Any) -> list[str]:
     names = list(PROMPTS)[: scheduler.max_num_seqs]
     if min(config.model_config.max_model_len, scheduler.max_num_batched_tokens) < LONGEST:
         raise RehearsalError(f"the engine takes fewer than {LONGEST} tokens")
-    if config.kv_transfer_config is not None:
-        raise RehearsalError("requests cannot be made up beside a KV connector")
+    if config.kv_transfer_config is not None or config.speculative_config is not None:
+        raise RehearsalError("requests cannot be made up beside a KV connector or speculative decoding")
     return names
 
 
@@ -207,7 +207,7 @@ def _step(worker: Any, runner: Runner, output: Any) -> tuple[dict[str, Row], dic
     """Run a step; its rows as the adapter sees them, and its tokens as the engine reports them, by request."""
     done = worker.execute_model(output)
     try:
-        rows = {row.request_id: row for row in runner.view().rows}
+        rows = {row.request_id: row for row in runner.view(exact=True).rows}
     finally:  # or the runner would wait for it forever
         tokens = _sampled(worker, done)
     return rows, tokens

@@ -5,6 +5,7 @@ Order of `input_batch.req_ids` = `query_start_loc` = block table = logits rows, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tracer.worker import compat
@@ -36,26 +37,42 @@ class RunnerV1:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._scheduled: dict[str, int] = {}
+        self._output: Any = None
+        """The step's `SchedulerOutput`: vLLM may still take drafts out of it before the batch is final."""
+        self._drafting = runner.speculative_config is not None
         self._demoted = False
         self._graph = "NONE"
 
     def plan(self, scheduler_output: Any) -> StepPlan:
         """See `batch.Runner`."""
-        self._scheduled = scheduler_output.num_scheduled_tokens
+        self._output = scheduler_output
         return plan_v1(scheduler_output)
 
-    def view(self) -> StepView:
+    def view(self, *, exact: bool) -> StepView:
         """See `batch.Runner`."""
-        batch, rows, first = self._runner.input_batch, [], 0
-        discarded = self._runner.discard_request_mask.np
+        batch, rows, first, first_logits = self._runner.input_batch, [], 0, 0
+        scheduled, drafted = self._output.num_scheduled_tokens, self._output.scheduled_spec_decode_tokens
+        discarded, computed = self._runner.discard_request_mask.np, self._computed(batch, exact=exact)
         for index, request_id in enumerate(batch.req_ids[: batch.num_reqs]):
-            tokens = self._scheduled[request_id]
-            computed = int(batch.num_computed_tokens_cpu[index])
+            tokens, drafts = scheduled[request_id], len(drafted.get(request_id, ()))
             prompt_tokens = self._runner.requests[request_id].num_prompt_tokens
-            rows.append(Row(request_id, index, first, tokens, computed, prompt_tokens, not bool(discarded[index])))
-            first += tokens
+            samples = not bool(discarded[index])
+            row = Row(request_id, index, first, tokens, computed[index], prompt_tokens, samples, drafts)
+            rows.append(replace(row, first_logits=first_logits) if self._drafting else row)
+            first, first_logits = first + tokens, first_logits + drafts + 1
         return StepView(tuple(rows), self._graph)
+
+    def _computed(self, batch: Any, *, exact: bool) -> list[int]:
+        """Tokens of each request whose keys are in the cache.
+
+        With drafts under asynchronous scheduling the host counts all of the last step's drafts as accepted until the
+        forward pass has been queued: whoever must know before that waits for the device.
+        """
+        if exact and self._runner.use_async_spec_decode:
+            known: list[int] = self._runner.num_computed_tokens[: batch.num_reqs].tolist()
+            return known
+        host: list[int] = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
+        return host
 
     def demote(self, demoted: bool) -> None:
         """See `batch.Runner`."""

@@ -22,7 +22,6 @@ def refusal(runner: Any) -> str | None:
     """Why the steps of this V2 runner cannot be captured, or None."""
     checks = (
         (runner.adaptive_verification is not None, "adaptive verification keeps the batch's rows on the GPU only"),
-        (runner.num_speculative_steps > 0, "the model drafts tokens"),
         (runner.model_state.num_new_sampled_tokens_per_step != 1, "the model samples several tokens per step"),
         (runner.batch_sharder is not None, "batch-sharded sampling leaves no rank with all logits"),
         (runner.ubatch_runner is not None, "dual-batch overlap runs the layers on parts of the batch"),
@@ -51,22 +50,36 @@ class RunnerV2:
         self._batch = None
         return plan_v1(scheduler_output)
 
-    def view(self) -> StepView:
+    def view(self, *, exact: bool) -> StepView:
         """See `batch.Runner`."""
         batch = self._batch
         if batch is None:
             raise RuntimeError("the step has no input batch")
-        if batch.num_draft_tokens or int(batch.cu_num_logits_np[batch.num_reqs]) != batch.num_reqs:
-            raise RuntimeError("the batch holds draft tokens")
+        drafts = [0] * batch.num_reqs
+        if batch.num_draft_tokens_per_req is not None:
+            drafts = batch.num_draft_tokens_per_req.tolist()
+        first_logits = batch.cu_num_logits_np[: batch.num_reqs + 1].tolist()
+        if first_logits[-1] != batch.num_reqs + sum(drafts):
+            raise RuntimeError("the batch has other logits than one per request and draft token")
+        settled = exact or not self._runner.num_speculative_steps
         prompts = self._runner.req_states.prompt_len.np[batch.idx_mapping_np].tolist()
         firsts, counts = batch.query_start_loc_np.tolist(), batch.num_scheduled_tokens.tolist()
-        computed, prefills = batch.num_computed_tokens_np.tolist(), batch.prefill_len_np.tolist()
-        rows = [
+        computed, prefills = self._computed(batch, exact=exact), batch.prefill_len_np.tolist()
+        rows = []
+        for at, name in enumerate(batch.req_ids):
             # `prefill_len` is the prompt plus, after a preemption, the output so far; vLLM's sampler compares likewise.
-            Row(name, at, firsts[at], counts[at], computed[at], prompts[at], computed[at] + counts[at] >= prefills[at])
-            for at, name in enumerate(batch.req_ids)
-        ]
-        return StepView(tuple(rows), str(self._descriptor.cg_mode.name))
+            samples = computed[at] + counts[at] - drafts[at] >= prefills[at]
+            row = Row(name, at, firsts[at], counts[at], computed[at], prompts[at], samples, drafts[at])
+            rows.append(replace(row, first_logits=first_logits[at]))
+        return StepView(tuple(rows), str(self._descriptor.cg_mode.name), settled)
+
+    def _computed(self, batch: Any, *, exact: bool) -> list[int]:
+        """Tokens of each request whose keys are in the cache; of an engine with drafts only the device knows."""
+        if exact and self._runner.num_speculative_steps:
+            known: list[int] = batch.positions[batch.query_start_loc[: batch.num_reqs].long()].tolist()
+            return known
+        host: list[int] = batch.num_computed_tokens_np.tolist()
+        return host
 
     def demote(self, demoted: bool) -> None:
         """See `batch.Runner`."""

@@ -137,9 +137,9 @@ class StepTracer:
     def _works(self, step: Step) -> list[Work]:
         """The traced rows of this step, worked out when the batch is first final."""
         if step.view is None:
-            step.view = self._runner.view()
+            step.view = self._runner.view(exact=self._wants_attention)
             rows = [row for row in step.view.rows if row.request_id in self._traced]
-            step.hold([Work(row, self._traced[row.request_id]) for row in rows])
+            step.hold([Work(part, self._traced[row.request_id]) for row in rows for part in row.parts()])
         return step.works
 
     def _or_say(self, what: str, works: list[Work], action: Callable[..., None], *arguments: Any) -> None:
@@ -228,7 +228,7 @@ class StepTracer:
             end_ns = wall_clock_ns()
             sampled = dict(zip(output.req_ids, output.sampled_token_ids, strict=False))
             for work in step.works:
-                work.token = next(iter(sampled.get(work.row.request_id) or ()), None)
+                work.take(sampled.get(work.row.request_id) or (), settled=step.settled)
             with self._guard("summaries"):
                 self._maths.finish(step)
             for work in step.works:
@@ -238,8 +238,9 @@ class StepTracer:
 
     def _send_or_count(self, step: Step, work: Work, end_ns: int) -> None:
         try:
-            send_blocks(self._channel, work)
-            send_step(self._channel, step, work, end_ns)
+            if not work.rejected:
+                send_blocks(self._channel, work)
+                send_step(self._channel, step, work, end_ns)
         except Exception:
             work.traced.lost += 1
             raise

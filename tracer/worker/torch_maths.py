@@ -59,7 +59,7 @@ class TorchMaths:
 
     def logits(self, step: Step, sampling: Sequence[Work], logits: torch.Tensor) -> None:
         """See `maths.Maths`."""
-        picked = indices([work.row.index for work in sampling], logits.device)
+        picked = indices([work.row.logits_row for work in sampling], logits.device)
         step.logits = logits.index_select(0, picked).to(torch.float32)
         step.statistics = logits_statistics(step.logits, self._topk)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class Traced:
     keys_sent: int = 0
     """Keys 0 … that the store has been given."""
     attempt: int = 1
+    reached: tuple[int, int] | None = None
+    """Attempt and tokens whose keys are valid after the last step whose tokens are known."""
     problems: list[str] = field(default_factory=list)
     """`name: cause` of what was lost and not yet said."""
     lost: int = 0
@@ -86,6 +89,8 @@ class Work:
     """Queries and keys [positions, layers, heads, head_size], where torch collects them."""
     token: int | None = None
     """What was sampled from the row."""
+    accepted: int = 0
+    """Draft tokens of the step that the sampler accepted."""
     logits: LogitsSummary | None = None
     attention: AttentionSummary | None = None
     arrays: list[Stored] = field(default_factory=list)
@@ -98,10 +103,14 @@ class Work:
     """Layers whose queries and keys have been collected."""
     keys_sent: int = field(init=False)
     """`Traced.keys_sent` before this step: the next one may have begun when this one is sent."""
+    attempt: int = field(init=False)
+    """Likewise."""
 
     def __post_init__(self) -> None:
         """Keep what later steps change."""
-        self.keys_sent = self.traced.keys_sent
+        self.attempt = self.traced.attempt
+        # Keys before a draft token go with the row before it.
+        self.keys_sent = self.row.position if self.row.draft else self.traced.keys_sent
 
     @property
     def queries(self) -> tuple[int, int]:
@@ -117,6 +126,27 @@ class Work:
         stop = self.row.position + 1
         start = min(self.keys_sent, stop - self.row.samples)
         return start, stop - start
+
+    def take(self, tokens: Sequence[int], *, settled: bool) -> None:
+        """Its own of the tokens that its request got in this step: the accepted drafts, and one of the model's choice.
+
+        settled: see `StepView`; where positions are not, they follow from the steps before, taken in their order.
+        """
+        row, draft = self.row, self.row.draft
+        self.accepted = max(len(tokens) - 1, 0)
+        self.token = tokens[draft] if draft < len(tokens) else None
+        if draft:
+            if not settled and self.traced.reached is not None:  # as the first part of this row has set it
+                self.row = replace(row, computed=self.traced.reached[1] - 1 - self.accepted + draft)
+            return
+        if not settled and self.traced.reached is not None and self.traced.reached[0] == self.attempt:
+            self.row = row = replace(row, computed=self.traced.reached[1])
+        self.traced.reached = (self.attempt, row.position + 1 + self.accepted)
+
+    @property
+    def rejected(self) -> bool:
+        """True for the row after a draft token that was not accepted: it predicts nothing."""
+        return self.row.draft > self.accepted
 
     @property
     def wants_row(self) -> bool:
@@ -157,6 +187,11 @@ class Step:
     statistics: RowStatistics | None = None
     buffers: Any = None
     """What the step's `Maths` keeps for it."""
+
+    @property
+    def settled(self) -> bool:
+        """See `StepView`."""
+        return self.view is None or self.view.settled
 
     def hold(self, works: list[Work]) -> None:
         """The batch is final: these are its traced rows, sorted once by what they want."""
