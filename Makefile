@@ -3,7 +3,8 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 # What depends on vLLM, and two families of models against Transformers on the real engine.
-OLDEST := tests/worker tests/test_doctor.py tests/test_middleware.py tests/integration/test_versions.py \
+OLDEST := tests/worker $(addprefix --ignore=tests/worker/test_,attention.py gpu.py native.py) \
+  tests/test_doctor.py tests/test_middleware.py tests/integration/test_versions.py \
   tests/integration/test_families.py::test_attention_and_logits_equal_eager
 
 .PHONY: help demo test oldest bench lint types model venv clean

@@ -22,7 +22,7 @@ class Worker:
     """What a rehearsal needs of vLLM's worker."""
 
     def __init__(self, runner: CpuRunner, **limits: int) -> None:
-        self.model_runner: Any = runner
+        self.model_runner = cast(Any, runner)
         groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=block)) for block in (16, 8)]
         self.model_runner.kv_cache_config = SimpleNamespace(num_blocks=limits.get("blocks", 32), kv_cache_groups=groups)
         scheduler = SimpleNamespace(

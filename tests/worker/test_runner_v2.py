@@ -127,11 +127,13 @@ class CpuRunner(model_runner.GPUModelRunner):  # type: ignore[misc]
         self.output_copy_stream, self.check_ep_fault = None, False
         if not hasattr(type(self), "dp_size"):  # properties from vLLM 0.32 on
             self.dp_size, self.dp_rank = 1, 0
+        self.dcp_rank, self.cp_interleave = 0, 1
         self.reached: dict[str, int] = {}
         """What only the device knows: a request's valid tokens, where the scheduler counts drafts as accepted."""
         for name in ("pp_handler", "pooling_runner", "encoder_cache", "aux_output_connector", "pcp_manager",
                      "lora_config", "ubatch_runner", "adaptive_verification", "batch_sharder", "rejection_sampler",
-                     "speculator", "fast_prefill", "execute_model_state", "kv_block_zeroer"):  # fmt: skip
+                     "speculator", "fast_prefill", "execute_model_state", "kv_block_zeroer",
+                     "routed_experts_capturer"):  # fmt: skip
             setattr(self, name, None)
 
     main_stream = None
