@@ -81,7 +81,7 @@ class CpuAsyncOutput(AsyncOutput):  # type: ignore[misc]
         self.num_sampled_tokens_np = num_sampled_tokens.numpy()
         self.copy_event = Quiet()
         self.sampling_mask_tensors = self.num_nans = self.logprobs_tensors = None
-        self.pending_aux_output = self._has_fault = None
+        self.pending_aux_output = self._has_fault = self.routed_experts_cpu = None
         self.prompt_logprobs_dict: dict[str, Any] = {}
         self.prompt_token_id_logprobs_dict: dict[str, Any] = {}
 
