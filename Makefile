@@ -2,7 +2,12 @@
 # ENGINE=auto|cpu|gpu chooses the vLLM build; ARGS="-k pattern" goes to pytest; PYTHON=... names an interpreter.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench lint types model venv clean
+# What depends on vLLM, and two families of models against Transformers on the real engine.
+OLDEST := tests/worker $(addprefix --ignore=tests/worker/test_,attention.py gpu.py native.py) \
+  tests/test_doctor.py tests/test_middleware.py tests/integration/test_versions.py \
+  tests/integration/test_families.py::test_attention_and_logits_equal_eager
+
+.PHONY: help demo test oldest bench lint types model venv clean
 
 ENGINE ?= auto
 ARGS ?=
@@ -25,6 +30,10 @@ demo: venv ## serve a small model, trace and capture a chat, print what was reco
 test: lint types ## everything CI runs: lint, types, architecture, all tests with a real engine
 	@$(BIN)/python -m pytest $(ARGS)
 
+oldest: ## the tests of what touches vLLM, on the oldest version that is supported
+	@$(MAKE) --no-print-directory venv OLDEST_VENV=--oldest
+	@.venv/oldest/bin/python -m pytest $(OLDEST) -k "not equal_eager or llama or gemma2" $(ARGS)
+
 bench: venv ## tensorspan beside plain vLLM: tables, bench.json, bench.svg (ARGS=--quick: about 8 minutes)
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
@@ -43,7 +52,7 @@ venv: ## .venv from the pinned lock (about a second when nothing changed)
 	@if [ -z "$(PYTHON)" ]; then \
 	  echo "tensorspan: no Python 3.11 to 3.14 found; install one (Debian: sudo apt install python3-dev python3-venv) or set PYTHON=/path/to/python" >&2; \
 	  exit 1; fi
-	@$(PYTHON) deploy/bootstrap.py --engine $(ENGINE)
+	@$(PYTHON) deploy/bootstrap.py --engine $(ENGINE) $(OLDEST_VENV)
 
 clean: ## remove .venv, builds and caches; captures and the converted model stay
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

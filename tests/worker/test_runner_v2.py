@@ -81,7 +81,7 @@ class CpuAsyncOutput(AsyncOutput):  # type: ignore[misc]
         self.num_sampled_tokens_np = num_sampled_tokens.numpy()
         self.copy_event = Quiet()
         self.sampling_mask_tensors = self.num_nans = self.logprobs_tensors = None
-        self.pending_aux_output = self._has_fault = None
+        self.pending_aux_output = self._has_fault = self.routed_experts_cpu = None
         self.prompt_logprobs_dict: dict[str, Any] = {}
         self.prompt_token_id_logprobs_dict: dict[str, Any] = {}
 
@@ -125,20 +125,25 @@ class CpuRunner(model_runner.GPUModelRunner):  # type: ignore[misc]
         self.decode_query_len, self.num_speculative_steps, self.dcp_size = 1, 0, 1
         self.use_pp = self.is_encoder_decoder = self.uses_inputs_embeds = self.use_aux_hidden_state_outputs = False
         self.output_copy_stream, self.check_ep_fault = None, False
+        if not hasattr(type(self), "dp_size"):  # properties from vLLM 0.32 on
+            self.dp_size, self.dp_rank = 1, 0
+        self.dcp_rank, self.cp_interleave = 0, 1
         self.reached: dict[str, int] = {}
         """What only the device knows: a request's valid tokens, where the scheduler counts drafts as accepted."""
         for name in ("pp_handler", "pooling_runner", "encoder_cache", "aux_output_connector", "pcp_manager",
                      "lora_config", "ubatch_runner", "adaptive_verification", "batch_sharder", "rejection_sampler",
-                     "speculator", "fast_prefill", "execute_model_state", "kv_block_zeroer"):  # fmt: skip
+                     "speculator", "fast_prefill", "execute_model_state", "kv_block_zeroer",
+                     "routed_experts_capturer"):  # fmt: skip
             setattr(self, name, None)
 
     main_stream = None
 
-    def prepare_inputs(self, scheduler_output: Any, state: Any, desc: Any, num_active_loras: int) -> InputBatch:
-        """The numpy half of the original; the other half are Triton kernels."""
+    def prepare_inputs(self, scheduler_output: Any, state: Any, desc: Any, *adapters: int) -> InputBatch:
+        """The numpy half of the original (from vLLM 0.31 on told of adapters); the other half are Triton kernels."""
         count, tokens = len(state.req_ids), int(state.num_scheduled_tokens.sum())
         starts = np.concatenate([[0], np.cumsum(state.num_scheduled_tokens)]).astype(np.int32)
-        drafts = np.zeros(count, np.int32) if state.num_draft_tokens_np is None else state.num_draft_tokens_np
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        drafts = np.array([len(drafted.get(name, ())) for name in state.req_ids], np.int32)
         computed = self.req_states.num_computed_tokens_np[state.idx_mapping_np]
         batch = InputBatch.make_dummy(count, tokens, self.input_buffers)
         for name, first, host in zip(state.req_ids, starts, computed, strict=False):
@@ -148,7 +153,7 @@ class CpuRunner(model_runner.GPUModelRunner):  # type: ignore[misc]
             req_ids=state.req_ids, idx_mapping_np=state.idx_mapping_np, query_start_loc_np=starts,
             num_scheduled_tokens=state.num_scheduled_tokens, prefill_len_np=state.prefill_len_np,
             num_computed_tokens_np=computed, query_start_loc=torch.from_numpy(starts),
-            num_draft_tokens=int(drafts.sum()), num_draft_tokens_per_req=state.num_draft_tokens_np,
+            num_draft_tokens=int(drafts.sum()), num_draft_tokens_per_req=drafts if drafted else None,
             cu_num_logits_np=np.concatenate([[0], np.cumsum(drafts + 1)]).astype(np.int32),
             logits_indices=torch.cat([torch.arange(end - 1 - n, end) for end, n in np.stack([starts[1:], drafts], 1)]),
         )  # fmt: skip

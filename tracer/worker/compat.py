@@ -25,6 +25,7 @@ __all__ = [
     "class_path",
     "full_graph_mode",
     "is_eager",
+    "is_known",
     "metadata_fields",
     "missing_attributes",
     "missing_fields",
@@ -33,12 +34,17 @@ __all__ = [
     "no_graph_mode",
     "output_processor_class",
     "qkv_linear_class",
+    "sampling_params_class",
+    "scheduler_classes",
     "version",
     "worker_wrapper_class",
 ]
 
-KNOWN_VERSIONS: Final = ("0.32",)
-"""Minor versions whose private names were read and tested."""
+KNOWN_VERSIONS: Final = ("0.30", "0.31", "0.32")
+"""Minor versions whose private names were read and on which the tests ran; see `worker.rehearsal` for all others.
+
+One table of names serves all of them: what we touch did not change between them.
+"""
 
 NAMES: Final = (
     ("vllm.v1.worker.worker_base", "WorkerWrapperBase.initialize_from_config", ("self", "kv_cache_configs")),
@@ -130,6 +136,11 @@ def version() -> str:
     return str(vllm.__version__)
 
 
+def is_known(version_: str) -> bool:
+    """True for a version of KNOWN_VERSIONS: `0.32.1` and `0.32.0rc1+cpu` are, `0.320.0` is not."""
+    return ".".join(version_.split(".")[:2]) in KNOWN_VERSIONS
+
+
 def missing_names(names: tuple[tuple[str, str, tuple[str, ...]], ...] = NAMES) -> list[str]:
     """Names that this vLLM does not have, or has with other parameters; empty if all is as known."""
     return [f"{module}.{name}" for module, name, parameters in names if not _present(module, name, parameters)]
@@ -184,6 +195,17 @@ def beam_search_class() -> Any | None:
     """The part of the offline `LLM` that searches beams; None in a process that has not imported it."""
     module = sys.modules.get("vllm.entrypoints.generate.beam_search.offline")
     return getattr(module, "BeamSearchOfflineMixin", None)
+
+
+def scheduler_classes() -> tuple[Any, Any, Any]:
+    """`SchedulerOutput`, `NewRequestData` and `CachedRequestData`: what a worker is told to do in a step."""
+    module = importlib.import_module("vllm.v1.core.sched.output")
+    return module.SchedulerOutput, module.NewRequestData, module.CachedRequestData
+
+
+def sampling_params_class() -> Any:
+    """`SamplingParams`."""
+    return importlib.import_module("vllm.sampling_params").SamplingParams
 
 
 def attention_class() -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
@@ -17,9 +17,11 @@ from tracer.config import Settings
 from tracer.export import Channel, process_channel, publish_engine
 from tracer.records import EngineInfo, LayerInfo, MembersInfo
 from tracer.worker import compat
-from tracer.worker.layers import describe_layers
+from tracer.worker.batch import Runner
+from tracer.worker.layers import Layer, describe_layers
 from tracer.worker.maths import choose
 from tracer.worker.points import placed
+from tracer.worker.rehearsal import Outlet, rehearse, unhooking, when_warm
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.shares import shared
@@ -30,24 +32,54 @@ __all__ = ["install"]
 LOG: Final = logging.getLogger("vllm.tensorspan")
 
 
-def install(worker: Any, settings: Settings) -> EngineInfo:
-    """Hook one worker (vLLM's `WorkerBase`) and publish what it can capture; never raises for what vLLM looks like."""
+def install(worker: Any, settings: Settings) -> None:
+    """Hook one worker (vLLM's `WorkerBase`) and publish what it can capture; never raises for what vLLM looks like.
+
+    A version that is not known is hooked after its warm-up and must pass a test (`rehearsal`).
+    """
     channel = process_channel(settings, "worker", settings.queue_mb)
     reason = _unavailable(worker)
-    info = _engine_info(worker, (), reason)
-    if reason is None:
-        try:
-            info = _hook(worker, channel, settings)
-        except Exception as error:
-            LOG.exception("tensorspan: this worker cannot be hooked")
-            info = _engine_info(worker, (), f"unavailable: hooking the worker failed: {type(error).__name__}: {error}")
-    channel.greet(info)
-    publish_engine(channel.settings, info)
-    _report(info)
+    if reason is not None:
+        _announce(channel, _engine_info(worker, (), reason))
+    elif compat.is_known(compat.version()):
+        _announce(channel, _hooked(worker, channel, settings))
+    else:
+        publish_engine(channel.settings, _engine_info(worker, (), f"{_untested()}, and its test has not run yet"))
+        when_warm(worker, lambda: _announce(channel, _rehearsed(worker, channel, settings)))
+
+
+def _hooked(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
+    try:
+        return _hook(worker, channel, settings)[0]
+    except Exception as error:
+        LOG.exception("tensorspan: this worker cannot be hooked")
+        return _engine_info(worker, (), f"unavailable: hooking the worker failed: {type(error).__name__}: {error}")
+
+
+def _rehearsed(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
+    outlet, unhook = Outlet(channel), unhooking(worker)
+    try:
+        info, adapter, layers = _hook(worker, cast(Channel, outlet), settings)
+        rehearse(worker, adapter, layers, outlet)
+    except Exception as error:
+        LOG.exception("tensorspan: the test of this vLLM failed")
+        unhook()
+        return _engine_info(worker, (), f"{_untested()}, and it failed its test: {type(error).__name__}: {error}")
     return info
 
 
-def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
+def _untested() -> str:
+    return f"unavailable: vLLM {compat.version()} is not one this release was tested with"
+
+
+def _announce(channel: Channel, info: EngineInfo) -> None:
+    """Tell the exporter, the API process and the log what this worker can capture."""
+    channel.greet(info)
+    publish_engine(channel.settings, info)
+    _report(info)
+
+
+def _hook(worker: Any, channel: Channel, settings: Settings) -> tuple[EngineInfo, Runner, list[Layer]]:
     config, runner = worker.vllm_config, worker.model_runner
     layers = describe_layers(_own_layers(config, runner), _no_attention(config))
     layers, whole = shared(layers, worker)
@@ -60,7 +92,7 @@ def _hook(worker: Any, channel: Channel, settings: Settings) -> EngineInfo:
     for layer in layers:
         if layer.math is not None:
             layer.module.impl.forward = _observed(layer.module.impl.forward, layer.info.index, tracer)
-    return info
+    return info, adapter, layers
 
 
 def _own_layers(config: Any, runner: Any) -> dict[str, Any]:
@@ -100,25 +132,19 @@ def _unavailable(worker: Any) -> str | None:
             parallel.world_size > 1 and parallel.distributed_executor_backend != "mp",
             f"several ranks under the executor {parallel.distributed_executor_backend!r}, supported is 'mp'",
         ),
-        (
-            _unheard_drafts(config),
-            "speculative decoding on several ranks under asynchronous scheduling: use --no-async-scheduling",
-        ),
         (parallel.prefill_context_parallel_size > 1, "context parallelism is not supported by this release"),
         (parallel.use_ubatching, "dual-batch overlap is not supported by this release"),
         (config.model_config.is_encoder_decoder, "encoder-decoder models are not supported by this release"),
         (config.model_config.runner_type != "generate", "the model does not generate"),
+        (
+            not compat.is_known(compat.version()) and max(parallel.world_size, parallel.data_parallel_size) > 1,
+            f"vLLM {compat.version()} is not one this release was tested with, and its test needs a single worker",
+        ),
     )
     reason = next((reason for failed, reason in checks if failed), None)
     if reason is None and worker.use_v2_model_runner:
         reason = refusal(runner)
     return None if reason is None else f"unavailable: {reason}"
-
-
-def _unheard_drafts(config: Any) -> bool:
-    """Under asynchronous scheduling only the first rank's output is fetched: others do not hear what was accepted."""
-    several = config.parallel_config.tensor_parallel_size > 1
-    return several and config.speculative_config is not None and bool(config.scheduler_config.async_scheduling)
 
 
 def _missing(runner: Any, *, v2: bool) -> list[str]:

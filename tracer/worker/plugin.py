@@ -6,7 +6,9 @@ Installed is not enabled: with neither TENSORSPAN_ENABLED nor TENSORSPAN_STORE s
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tracer import config
@@ -14,6 +16,7 @@ from tracer import config
 __all__ = ["register"]
 
 LOG = logging.getLogger("vllm.tensorspan")
+_SAID: set[str] = set()
 
 
 def register() -> None:
@@ -36,10 +39,16 @@ def _register(settings: config.Settings) -> None:
         config.publish(settings)
     missing = compat.missing_names()
     if missing:
-        LOG.error("tensorspan: vLLM %s lacks %s; no capture", compat.version(), ", ".join(missing))
+        reason = f"vLLM {compat.version()} lacks {', '.join(missing)}"
+        export.mark_unhookable(reason)
+        if _speaks(settings):
+            LOG.error("tensorspan: %s; it serves, and nothing is traced or captured", reason)
         return
-    if not compat.version().startswith(compat.KNOWN_VERSIONS):
-        LOG.warning("tensorspan: vLLM %s is not a version it was tested with", compat.version())
+    if not compat.is_known(compat.version()) and _speaks(settings):
+        LOG.warning(
+            "tensorspan: vLLM %s is not one this release was tested with (%s); it captures only if a test at the "
+            "worker's start passes", compat.version(), ", ".join(compat.KNOWN_VERSIONS),
+        )  # fmt: skip
     compat.patch(compat.worker_wrapper_class(), "initialize_from_config", lambda original: _hooked(original, settings))
     compat.patch(compat.worker_wrapper_class(), "init_device", lambda original: _tapped(original, settings))
     frontend.install(settings)
@@ -66,6 +75,15 @@ def _tapped(original: Any, settings: config.Settings) -> Any:
         return result
 
     return init_device
+
+
+def _speaks(settings: config.Settings) -> bool:
+    """True once in the process that named the socket: what holds for a server is said by one of its processes."""
+    owner, _, _ = Path(settings.socket).name.partition("-")
+    if owner != str(os.getpid()) or settings.socket in _SAID:
+        return False
+    _SAID.add(settings.socket)
+    return True
 
 
 def _hooked(original: Any, settings: config.Settings) -> Any:

@@ -174,12 +174,13 @@ class RunnerV2:
             uniform_token_count: int | None,
             num_active_loras: int,
             max_query_len: int | None = None,
-            num_ubatches: int = 1,
+            *args: Any,
+            **kwargs: Any,
         ) -> Any:
             if not self._demoted:
                 uniform = uniform_token_count
-                return original(num_reqs, num_tokens, uniform, num_active_loras, max_query_len, num_ubatches)
-            found = original(num_reqs, num_tokens, None, num_active_loras, None, num_ubatches)
+                return original(num_reqs, num_tokens, uniform, num_active_loras, max_query_len, *args, **kwargs)
+            found = original(num_reqs, num_tokens, None, num_active_loras, None, *args, **kwargs)
             if found.cg_mode != full and ranks == 1:
                 return found
             shape = {"num_tokens": num_tokens, "num_reqs": num_reqs}
