@@ -19,6 +19,7 @@ from tracer.records import EngineInfo, LayerInfo
 from tracer.worker import compat
 from tracer.worker.layers import describe_layers
 from tracer.worker.maths import choose
+from tracer.worker.model_config import config_refusal
 from tracer.worker.runner_v1 import RunnerV1
 from tracer.worker.runner_v2 import RunnerV2, refusal
 from tracer.worker.step import StepTracer
@@ -113,7 +114,8 @@ def _no_attention(config: Any) -> str | None:
         (config.parallel_config.decode_context_parallel_size > 1, "each rank holds a part of every request's keys"),
         (config.model_config.rswa_window is not None, "reference sliding window attention"),
     )
-    return next((reason for failed, reason in checks if failed), None)
+    reason = next((reason for failed, reason in checks if failed), None)
+    return reason or config_refusal(config.model_config.hf_text_config)
 
 
 def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None) -> EngineInfo:

@@ -16,6 +16,7 @@ import torch
 from tracer.records import LayerInfo
 from tracer.worker import compat
 from tracer.worker.attention import LayerMath
+from tracer.worker.kernel_facts import kernel_refusal
 from tracer.worker.keys import KeyLayout, LayoutError, learn
 
 __all__ = ["Layer", "describe_layers"]
@@ -75,7 +76,7 @@ def _refusal(module: Any) -> str | None:
         return f"{type(module).__name__} is not causal softmax attention with a key cache"
     impl = module.impl
     checks = (
-        (compat.attention_type(impl) != "decoder", f"attention type {compat.attention_type(impl)!r} is not causal"),
+        (compat.attention_type(module) != "decoder", f"attention type {compat.attention_type(module)!r} is not causal"),
         (module.kv_sharing_target_layer_name is not None, "it reads another layer's KV cache"),
         (module.kv_cache_dtype not in PLAIN_DTYPES, f"KV cache of type {module.kv_cache_dtype}"),
         (module.use_alibi_sqrt, "square-root ALiBi"),
@@ -88,7 +89,7 @@ def _refusal(module: Any) -> str | None:
         ),
         (not _window_agrees(module), "its kernel's sliding window is not the layer's"),
     )
-    return next((reason for failed, reason in checks if failed), None)
+    return next((reason for failed, reason in checks if failed), None) or kernel_refusal(module)
 
 
 def _window_agrees(module: Any) -> bool:
