@@ -28,6 +28,7 @@ demo: venv ## serve a small model, trace and capture a chat, print what was reco
 	@$(BIN)/python deploy/demo.py
 
 test: lint types ## everything CI runs: lint, types, architecture, all tests with a real engine
+	@$(BIN)/python deploy/model.py gemma-3-270m
 	@$(BIN)/python -m pytest $(ARGS)
 
 oldest: ## the tests of what touches vLLM, on the oldest version that is supported

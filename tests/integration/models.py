@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
+
+from tests.integration.families import ENGINE_CLASS, HYBRIDS
+from tests.integration.families import FAMILIES as MORE
 
 __all__ = ["FAMILIES", "make_model"]
 
@@ -72,7 +76,7 @@ FAMILIES: Final[dict[str, Callable[[], Any]]] = {
     "mistral": lambda: transformers.MistralConfig(**_common(sliding_window=24)),
     "opt": _opt,
     "bloom": _bloom,
-}
+} | MORE
 
 
 def make_model(family: str, root: Path) -> Path:
@@ -80,13 +84,28 @@ def make_model(family: str, root: Path) -> Path:
     path = root / family
     if not path.exists():
         torch.manual_seed(11)
-        config = FAMILIES[family]()
+        config = (FAMILIES | HYBRIDS)[family]()
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.dim() >= 2:
-                    parameter.normal_(0.0, 0.08 if family == "gpt_oss" else 0.15)
+                if parameter.dim() >= 2 and not name.endswith("correction_bias"):
+                    parameter.normal_(0.0, _spread(family))
                 elif "sinks" in name:
                     parameter.normal_(0.0, 1.0)
         model.save_pretrained(path)
+        if family in ENGINE_CLASS:
+            _name_class(path / "config.json", ENGINE_CLASS[family])
     return path
+
+
+def _spread(family: str) -> float:
+    """Standard deviation of the weights: as large as the differences between the experts' kernels allow."""
+    if family == "gpt_oss":
+        return 0.08
+    return 0.1 if family in MORE or family in HYBRIDS else 0.15
+
+
+def _name_class(path: Path, architecture: str) -> None:
+    """Have vLLM load the checkpoint as a class that Transformers does not have."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"architectures": [architecture]}), encoding="utf-8")

@@ -20,6 +20,7 @@ from tracer.worker import compat
 from tracer.worker.batch import Runner
 from tracer.worker.layers import Layer, describe_layers
 from tracer.worker.maths import choose
+from tracer.worker.model_config import config_refusal
 from tracer.worker.points import placed
 from tracer.worker.rehearsal import Outlet, rehearse, unhooking, when_warm
 from tracer.worker.runner_v1 import RunnerV1
@@ -163,7 +164,8 @@ def _no_attention(config: Any) -> str | None:
         (config.model_config.rswa_window is not None, "reference sliding window attention"),
         (config.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill keeps most queries from some layers"),
     )
-    return next((reason for failed, reason in checks if failed), None)
+    reason = next((reason for failed, reason in checks if failed), None)
+    return reason or config_refusal(config.model_config.hf_text_config)
 
 
 def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None) -> EngineInfo:

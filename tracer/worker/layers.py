@@ -17,6 +17,7 @@ from tracer.records import LayerInfo
 from tracer.worker import compat, fp8
 from tracer.worker.attention import LayerMath
 from tracer.worker.fp8 import Quantised
+from tracer.worker.kernel_facts import kernel_refusal
 from tracer.worker.keys import KeyLayout, LayoutError, learn
 
 __all__ = ["Layer", "describe_layers"]
@@ -116,7 +117,7 @@ def _refusal(module: Any) -> str | None:
         return f"attention backend {_backend(module)} is not known: its cache or its softmax may be another"
     impl = module.impl
     checks = (
-        (compat.attention_type(impl) != "decoder", f"attention type {compat.attention_type(impl)!r} is not causal"),
+        (compat.attention_type(module) != "decoder", f"attention type {compat.attention_type(module)!r} is not causal"),
         (module.use_alibi_sqrt, "square-root ALiBi"),
         (module.use_mm_prefix, "bidirectional attention over image tokens"),
         (getattr(impl, "chunk_lookback", -1) > -1, "chunked attention with lookback"),
@@ -127,7 +128,7 @@ def _refusal(module: Any) -> str | None:
         ),
         (not _window_agrees(module), "its kernel's sliding window is not the layer's"),
     )
-    reason = next((reason for failed, reason in checks if failed), None)
+    reason = next((reason for failed, reason in checks if failed), None) or kernel_refusal(module)
     if reason is not None or module.kv_cache_dtype not in PLAIN_DTYPES:
         return reason or fp8.refusal(module)
     if module.kv_cache.dtype != module.dtype:  # Kernels round such keys again, each in its own way.
