@@ -23,6 +23,11 @@ _SPECULATION: Final = (
 )
 _REFUSALS: Final = "tests/integration/test_refusals.py::"
 _FAMILIES: Final = "tests/integration/test_families.py::test_attention_and_logits_equal_eager"
+_REAL: Final = "tests/integration/test_real_window.py::test_attention_of_a_real_model_with_windows_equals_eager"
+_PARALLEL: Final = "tests/integration/test_parallel.py::"
+_FP8: Final = "tests/integration/test_fp8.py::test_an_fp8_cache_gives_the_weights_that_the_kernel_used"
+_MEMBERS: Final = "tests/integration/test_members.py::"
+_BACKENDS: Final = "tests/worker/test_backends.py::test_each_backend_is_read_or_refused_by_its_name"
 _LAYERS: Final = "tests/worker/test_engine_refusals.py::test_a_layer_that_is_not_understood_is_refused"
 _SET_UPS: Final = "tests/worker/test_engine_refusals.py::test_a_set_up_that_is_not_understood_is_refused"
 
@@ -44,14 +49,20 @@ class Feature:
 FEATURES: Final[tuple[Feature, ...]] = (
     Feature(
         "model families", "yes",
-        "Llama, Qwen3, Gemma 2, gpt-oss, Mistral, OPT, Bloom: every row is that of Transformers' eager attention within"
-        " 1e-5 in float32; a layer that is not understood is named and left out",
-        (_FAMILIES,), ("is not causal softmax attention with a key cache",),
+        "70, listed in docs/families.md, and two real models: every row is that of Transformers' eager attention within"
+        " 1e-5 in float32; a layer, a kernel or a configuration that is not understood is named and left out",
+        (_FAMILIES, _REAL), ("is not causal softmax attention with a key cache", "is not known to this release"),
     ),
     Feature(
-        "tensor parallel", "refused", "spans, no capture", (_SET_UPS,), ("tensor parallelism is not supported",)
+        "tensor parallel", "yes",
+        "each rank writes its heads of the same capture, rank 0 the logits; what a rank did not bring is named; members"
+        " other than logits, attention, summary and qk are refused",
+        (_PARALLEL + "test_two_ranks_write_one_capture", _PARALLEL + "test_a_rank_that_cannot_be_hooked"),
     ),
-    Feature("data parallel", "unproven", "each engine captures its own requests"),
+    Feature(
+        "data parallel", "yes", "each engine captures its own requests",
+        (_PARALLEL + "test_two_engines_behind_one_server",),
+    ),
     Feature(
         "pipeline parallel", "refused", "spans, no capture; the CPU engine cannot run it at all",
         (_SET_UPS,), ("pipeline parallelism is not supported",),
@@ -116,7 +127,10 @@ FEATURES: Final[tuple[Feature, ...]] = (
         (_FEATURES + "test_log_probabilities_of_prompt_and_answer_are_not_mixed_up",),
     ),
     Feature(
-        "fp8 KV cache", "refused", "logits, no attention", (_LAYERS,), ("KV cache of type",)
+        "fp8 KV cache", "yes",
+        "rows of the keys that the kernel used, within 1e-5 (CPUs with AVX-512; FLASH_ATTN and TRITON_ATTN unproven);"
+        " other quantised caches are refused",
+        (_FP8,), ("KV cache of type",),
     ),
     Feature(
         "quantised weights", "yes",
@@ -147,7 +161,8 @@ FEATURES: Final[tuple[Feature, ...]] = (
         ("is not causal softmax attention with a key cache",),
     ),
     Feature(
-        "mixture of experts", "yes", "as other models (gpt-oss); the router's choices are not captured", (_FAMILIES,)
+        "mixture of experts", "yes", "as other models; the router's choices as the member `router`",
+        (_FAMILIES, _MEMBERS + "test_every_row_is_transformers"),
     ),
     Feature(
         "multimodal inputs", "part",
@@ -190,9 +205,18 @@ FEATURES: Final[tuple[Feature, ...]] = (
         "dual-batch overlap", "refused", "spans, no capture", (_SET_UPS,), ("dual-batch overlap is not supported",)
     ),
     Feature(
+        "prompt logits, hidden states", "yes",
+        "every row is Transformers' (tiny models, float32); a compiled model is tapped with `TENSORSPAN_TAPS`; decoder"
+        " layers that were not compared are refused by name",
+        (
+            _MEMBERS + "test_every_row_is_transformers",
+            _MEMBERS + "test_the_setting_taps_a_compiled_engine_in_its_own_process",
+        ),
+    ),
+    Feature(
         "attention backends", "part",
-        "those whose cache can be read back bit for bit: the CPU's; others are tried at start and refused by name",
-        (_FAMILIES,), ("gives no block table to read", "stores keys changed, not just moved"),
+        "CPU_ATTN; FLASH_ATTN, TRITON_ATTN and FLEX_ATTENTION are written for and unproven; others are refused by name",
+        (_FAMILIES, _BACKENDS), ("is not known: its cache or its softmax may be another",),
     ),
     Feature(
         "runner V2, CUDA graphs, Triton kernels", "unproven",

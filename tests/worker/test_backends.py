@@ -39,7 +39,8 @@ def layer_of(backend: Any, **changes: Any) -> Any:
     layer = kind.__new__(kind)
     torch.nn.Module.__init__(layer)
     values = {
-        "attn_backend": backend, "impl": SimpleNamespace(attn_type="decoder", scale=1.0, sliding_window=None),
+        "attn_backend": backend, "attn_type": "decoder",
+        "impl": SimpleNamespace(scale=1.0, sliding_window=None, num_heads=2, num_kv_heads=1, head_size=8),
         "kv_cache": torch.zeros(2, 1, 16, 16), "kv_cache_dtype": "auto", "dtype": torch.float32, "isa": "vec",
         "kv_sharing_target_layer_name": None, "use_alibi_sqrt": False, "use_mm_prefix": False, "sliding_window": None,
         "query_quant": None, "num_heads": 2, "num_kv_heads": 1, "head_size": 8, "head_size_v": 8,
@@ -136,7 +137,7 @@ def test_layers_are_stored_in_one_precision() -> None:
     scaled = quantised("TRITON_ATTN", "fp8", dtype=torch.float16)
     for layer in (plain, scaled):
         layer.get_kv_cache_spec = None
-        layer.impl.do_kv_cache_update = store
+        layer.impl = type("Impl", (SimpleNamespace,), {"do_kv_cache_update": staticmethod(store)})(**vars(layer.impl))
     for modules, wide in (({"0": plain}, False), ({"0": plain, "1": scaled}, True)):
         layers = describe_layers(modules)
         assert [layer.info.unsupported for layer in layers] == [None] * len(modules)

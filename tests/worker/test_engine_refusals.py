@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tracer.worker import compat
@@ -14,11 +15,13 @@ from tracer.worker.hooks import _no_attention, _unavailable
 from tracer.worker.layers import _refusal, _sharing_refusal
 
 CONFIG: dict[str, Any] = {
-    "parallel_config.pipeline_parallel_size": 1, "parallel_config.tensor_parallel_size": 1,
-    "parallel_config.prefill_context_parallel_size": 1,
+    "parallel_config.pipeline_parallel_size": 1, "parallel_config.nnodes_within_dp": 1,
+    "parallel_config.world_size": 1, "parallel_config.data_parallel_size": 1,
+    "parallel_config.distributed_executor_backend": "mp", "parallel_config.prefill_context_parallel_size": 1,
     "parallel_config.decode_context_parallel_size": 1, "parallel_config.use_ubatching": False,
     "model_config.is_encoder_decoder": False, "model_config.runner_type": "generate",
-    "model_config.rswa_window": None, "cache_config.kv_sharing_fast_prefill": False,
+    "model_config.rswa_window": None, "model_config.hf_text_config": transformers.LlamaConfig(),
+    "cache_config.kv_sharing_fast_prefill": False,
 }  # fmt: skip
 
 
@@ -33,12 +36,17 @@ def worker(**changes: Any) -> Any:
     return SimpleNamespace(vllm_config=config, model_runner=runner, use_v2_model_runner=False)
 
 
+def kernel(window: int = -1) -> Any:
+    """What is looked at of its implementation."""
+    return SimpleNamespace(sliding_window=window, scale=1.0, num_heads=1, num_kv_heads=1, head_size=32)
+
+
 def attention(**changes: Any) -> Any:
     """What is looked at of a layer of vLLM's own class, on the CPU's backend."""
     layer = compat.attention_class().__new__(compat.attention_class())
     torch.nn.Module.__init__(layer)
     facts = {
-        "impl": SimpleNamespace(attn_type="decoder", sliding_window=-1), "kv_sharing_target_layer_name": None,
+        "attn_type": "decoder", "impl": kernel(), "dtype": torch.float32, "kv_sharing_target_layer_name": None,
         "kv_cache_dtype": "auto", "use_alibi_sqrt": False, "use_mm_prefix": False, "sliding_window": None,
         "kv_cache": torch.zeros(2, 1, 32, 64), "attn_backend": CPUAttentionBackend,
     }  # fmt: skip
@@ -56,7 +64,11 @@ def test_a_plain_set_up_is_not_refused() -> None:
     ("changes", "says"),
     [
         ({"parallel_config.pipeline_parallel_size": 2}, "pipeline parallelism is not supported"),
-        ({"parallel_config.tensor_parallel_size": 2}, "tensor parallelism is not supported"),
+        ({"parallel_config.nnodes_within_dp": 2}, "the engine's ranks are on several machines"),
+        (
+            {"parallel_config.world_size": 2, "parallel_config.distributed_executor_backend": "ray"},
+            "several ranks under the executor 'ray'",
+        ),
         ({"parallel_config.prefill_context_parallel_size": 2}, "context parallelism is not supported"),
         ({"parallel_config.decode_context_parallel_size": 2}, "each rank holds a part of every request's keys"),
         ({"parallel_config.use_ubatching": True}, "dual-batch overlap is not supported"),
@@ -75,10 +87,11 @@ def test_a_set_up_that_is_not_understood_is_refused(changes: dict[str, Any], say
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"kv_cache_dtype": "fp8_e4m3"}, "KV cache of type fp8_e4m3"),
+        ({"kv_cache_dtype": "nvfp4"}, "KV cache of type nvfp4"),
+        ({"kv_cache_dtype": "bfloat16", "dtype": torch.bfloat16}, "beside queries of torch.bfloat16"),
         ({"use_mm_prefix": True}, "bidirectional attention over image tokens"),
         ({"use_alibi_sqrt": True}, "square-root ALiBi"),
-        ({"impl": SimpleNamespace(attn_type="encoder_decoder", sliding_window=-1)}, "is not causal"),
+        ({"attn_type": "encoder_decoder"}, "is not causal"),
         ({"sliding_window": 8}, "its kernel's sliding window is not the layer's"),
         ({"kv_cache": [torch.zeros(1)]}, "its KV cache is not one tensor"),
     ],
@@ -92,9 +105,9 @@ def test_a_layer_that_is_not_understood_is_refused(changes: dict[str, Any], says
     [
         ({}, None),
         ({"kv_cache": torch.zeros(2, 1, 32, 64)}, "keeps its keys elsewhere"),
-        ({"kv_cache_dtype": "fp8"}, "cannot be captured either"),
+        ({"kv_cache_dtype": "nvfp4"}, "cannot be captured either"),
         (
-            {"sliding_window": 8, "impl": SimpleNamespace(attn_type="decoder", sliding_window=8)},
+            {"sliding_window": 8, "impl": kernel(8)},
             "another sliding window",
         ),
     ],

@@ -218,9 +218,9 @@ def qkv_linear_class() -> Any:
     return importlib.import_module("vllm.model_executor.layers.linear").QKVParallelLinear
 
 
-def attention_type(impl: Any) -> str:
-    """`decoder`, `encoder`, ... of an attention implementation."""
-    return str(getattr(impl.attn_type, "value", impl.attn_type))
+def attention_type(module: Any) -> str:
+    """`decoder`, `encoder`, ... of an attention layer."""
+    return str(getattr(module.attn_type, "value", module.attn_type))
 
 
 def backend_name(module: Any) -> str:
