@@ -47,7 +47,7 @@ def tiny(kind: str, without: tuple[str, ...] = (), **extra: Any) -> Callable[[],
 
 FAMILIES: Final[dict[str, Callable[[], Any]]] = {
     "afmoe": tiny("afmoe", layer_types=BOTH, num_dense_layers=1, num_shared_experts=1, score_func="sigmoid",
-                  route_norm=True),
+                  route_norm=True, n_group=1, topk_group=1),
     "apertus": tiny("apertus", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
     "arcee": tiny("arcee"),
     "bitnet": tiny("bitnet"),
@@ -122,11 +122,14 @@ HYBRIDS: Final[dict[str, Callable[[], Any]]] = {
                     vocab_size_per_layer_input=512, hidden_size_per_layer_input=32, tie_word_embeddings=True),
     "granitemoehybrid": tiny("granitemoehybrid", layer_types=LINEAR, position_embedding_type="rope", mamba_n_heads=8,
                              mamba_d_head=32, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=16),
+    "llama4": tiny("llama4_text", num_local_experts=2, num_experts_per_tok=1, interleave_moe_layer_step=2,
+                   intermediate_size_mlp=128, attention_chunk_size=128, no_rope_layers=[1, 0]),
 }  # fmt: skip
 """Families of which some layers are refused."""
 REFUSED_LAYERS: Final = {
     "gemma3n": "it reads another layer's KV cache",
     "granitemoehybrid": "MambaMixer2 is not causal softmax attention",
+    "llama4": "ChunkedLocalAttention is not causal softmax attention",
 }
 """What a capture says of those layers."""
 

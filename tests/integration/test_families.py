@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.integration.families import HYBRIDS, REFUSED_LAYERS
 from tests.integration.models import FAMILIES, make_model
 from tests.integration.oracle import greedy
 from tracer import config, open_capture
+from tracer.errors import CaptureRequestError
 from tracer.export import engine_infos
 from tracer.worker.native import NativeError
 
@@ -76,9 +78,28 @@ def test_torch_gives_the_same_where_the_kernels_cannot_be_built(
     check(make_model("gpt_oss", models), "torch", False, started, generate)
 
 
+def test_attention_that_nobody_knows_is_refused_from_the_configuration(
+    models: Path, tmp_path: Path, started: Callable[..., Any], generate: Callable[..., Any]
+) -> None:
+    path = tmp_path / "llama"
+    shutil.copytree(make_model("llama", models), path)
+    text = (path / "config.json").read_text(encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(json.loads(text) | {"attention_wobble": 0.5}), encoding="utf-8")
+    says = "attention config key 'attention_wobble' is not known to this release"
+    with started(path) as (llm, record):
+        with pytest.raises(CaptureRequestError, match=says), record("attention"):
+            generate(llm, [prompt(10)])
+        with record("logits;dtype=f32") as run:
+            [answer] = generate(llm, [prompt(10)])
+    cap = open_capture(run.store, run.span_ids[0])
+    assert cap.complete, cap.missing
+    assert np.asarray(cap.logits).argmax(axis=1).tolist() == answer
+
+
 def test_the_documentation_lists_exactly_these_families() -> None:
     text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(FAMILIES) | set(HYBRIDS)
+    tables = text[: text.index("## What is refused")]
+    assert set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == set(FAMILIES) | set(HYBRIDS)
 
 
 def check(
