@@ -217,7 +217,8 @@ class StepTracer:
         if not hasattr(output, "get_output"):
             self._complete(step, output)
             return output
-        fetch, lock, fetched = output.get_output, threading.Lock(), []
+        fetch, lock = output.get_output, threading.Lock()
+        fetched: list[Any] = []
 
         def get_output() -> Any:
             with lock:
