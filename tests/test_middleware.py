@@ -342,12 +342,16 @@ def test_a_refusal_by_the_app_records_nothing() -> None:
 # Refusals
 
 
+MEMBERS = "logits, attention, qk, summary, prompt_logits, hidden_states, router"
+
+
 @pytest.mark.parametrize(
     ("headers", "body", "member", "allowed"),
     [
-        ({"Trace-Capture": "logit"}, {}, "logit", "logits, attention, qk, summary"),
+        ({"Trace-Capture": "logit"}, {}, "logit", MEMBERS),
+        ({"Trace-Capture": "router=1"}, {}, "router", "the bare word, an inner list of layers, or ?0 (off)"),
         ({"Trace-Capture": "attention=(9)"}, {}, "attention", "this model has layers 0-3"),
-        ({"baggage": "trace-capture=%22"}, {}, "", "the members logits, attention, qk, summary, separated by commas"),
+        ({"baggage": "trace-capture=%22"}, {}, "", f"the members {MEMBERS}, separated by commas"),
         ({}, {"vllm_xargs": {"trace_capture": ["logits"]}}, "trace_capture", "text"),
         (LOGITS, {"use_beam_search": True}, "use_beam_search", "false"),
         (LOGITS, {"prompt_embeds": "AAAA"}, "prompt_embeds", "text or token IDs"),
