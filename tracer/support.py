@@ -49,7 +49,7 @@ class Feature:
 FEATURES: Final[tuple[Feature, ...]] = (
     Feature(
         "model families", "yes",
-        "70, listed in docs/families.md, and two real models: every row is that of Transformers' eager attention within"
+        "71, listed in docs/families.md, and two real models: every row is that of Transformers' eager attention within"
         " 1e-5 in float32; a layer, a kernel or a configuration that is not understood is named and left out",
         (_FAMILIES, _REAL), ("is not causal softmax attention with a key cache", "is not known to this release"),
     ),

@@ -66,6 +66,8 @@ FAMILIES: Final[dict[str, Callable[[], Any]]] = {
     "flex_olmo": tiny("flex_olmo"),
     "gemma": tiny("gemma"),
     "gemma3": tiny("gemma3_text", layer_types=BOTH),
+    "gemma3n": tiny("gemma3n_text", layer_types=BOTH * 2, num_hidden_layers=4, num_kv_shared_layers=2, laurel_rank=8,
+                    vocab_size_per_layer_input=512, hidden_size_per_layer_input=32, tie_word_embeddings=True),
     "gemma4": tiny("gemma4_text", ("num_experts", "moe_intermediate_size"), layer_types=BOTH,
                    vocab_size_per_layer_input=512, hidden_size_per_layer_input=32, global_head_dim=32),
     "glm": tiny("glm"),
@@ -118,8 +120,6 @@ FAMILIES: Final[dict[str, Callable[[], Any]]] = {
 """Families whose layers are all captured, beside those in `models`."""
 
 HYBRIDS: Final[dict[str, Callable[[], Any]]] = {
-    "gemma3n": tiny("gemma3n_text", layer_types=BOTH * 2, num_hidden_layers=4, num_kv_shared_layers=2, laurel_rank=8,
-                    vocab_size_per_layer_input=512, hidden_size_per_layer_input=32, tie_word_embeddings=True),
     "granitemoehybrid": tiny("granitemoehybrid", layer_types=LINEAR, position_embedding_type="rope", mamba_n_heads=8,
                              mamba_d_head=32, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=16),
     "llama4": tiny("llama4_text", num_local_experts=2, num_experts_per_tok=1, interleave_moe_layer_step=2,
@@ -127,7 +127,6 @@ HYBRIDS: Final[dict[str, Callable[[], Any]]] = {
 }  # fmt: skip
 """Families of which some layers are refused."""
 REFUSED_LAYERS: Final = {
-    "gemma3n": "it reads another layer's KV cache",
     "granitemoehybrid": "MambaMixer2 is not causal softmax attention",
     "llama4": "ChunkedLocalAttention is not causal softmax attention",
 }
