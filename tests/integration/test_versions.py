@@ -69,7 +69,7 @@ def rows_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def logits_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     known = StepTracer.forward_done
-    monkeypatch.setattr(StepTracer, "forward_done", lambda self, logits: known(self, logits.flip(0)))
+    monkeypatch.setattr(StepTracer, "forward_done", lambda self, logits, *more: known(self, logits.flip(0), *more))
 
 
 def hooks_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,9 @@ def keys_of(config: Any) -> set[str]:
 def read_by_vllm() -> set[str]:
     """Names that vLLM's own text models read from a configuration."""
     folder = Path(vllm.__file__).parent / "model_executor" / "models"
-    registered = {info.module_name.rsplit(".", 1)[-1] for info in _text_models()}
+    # What other tests have loaded is registered as a class.
+    known = [getattr(info, "module_name", "") or info.model_cls.__module__ for info in _text_models()]
+    registered = {name.rsplit(".", 1)[-1] for name in known}
     found: set[str] = set()
     for name in sorted(registered):
         path = folder / f"{name}.py"
