@@ -45,7 +45,7 @@ HARMLESS: Final[dict[str, frozenset[str]]] = {
         swa_attention_sink_enabled add_swa_attention_sink_bias add_full_attention_sink_bias sliding_window
         sliding_windows sliding_window_size sliding_window_pattern _sliding_window_pattern interleaved_sliding_window
         use_sliding_window max_window_layers prefix_dense_sliding_window_pattern loop_window_size
-        global_attn_every_n_layers local_layer_ids full_attention_layer_ids layer_types attention_type
+        global_attn_every_n_layers local_layer_ids full_attention_layer_ids layer_types attention_type attn_type
         num_attention_heads num_key_value_heads num_kv_heads multi_query multi_query_attention n_head_kv kv_n_heads
         num_attention_groups num_attention_heads_per_layer multi_query_group_num num_query_groups
         attention_other_setting attention_head_dim
