@@ -321,12 +321,13 @@ def main() -> None:
     # A vLLM worker may have bound itself to some cores; its child need not stay there.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Does not preempt anybody by waking up.
-        os.nice(NICENESS)
     settings = config.load()
     process = ExporterProcess(Path(sys.argv[1]), load_exporters(settings, exporter_names()))
     process.learn(engine_infos(settings))
+    # Not before it listens: until then nothing is recorded, and on busy cores a start that yields takes a minute.
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Does not preempt anybody by waking up.
+        os.nice(NICENESS)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, process.stop)
     process.run()
