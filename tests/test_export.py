@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import exporter_of_socket, parent_of
 from tracer.config import Settings
 from tracer.configure import ExporterProcess
 from tracer.errors import SettingsError
@@ -138,7 +139,7 @@ def test_a_dead_exporter_is_replaced_and_hears_the_greeting_again(
     worker.greet(INFO)
     api = channels("api")
     assert api.flush([], 30)
-    os.kill(exporter_pid(settings), signal.SIGKILL)
+    os.kill(exporter_of_socket(settings.socket), signal.SIGKILL)
     for channel in (api, worker):
         deadline = threading.Event()
         while channel._socket is None or not channel.flush([], 1):
@@ -150,11 +151,36 @@ def test_a_dead_exporter_is_replaced_and_hears_the_greeting_again(
     assert "prefill" in spans(settings)
 
 
+def test_a_dead_exporter_is_forked_again_by_its_keeper(settings: Settings, channels: Callable[..., Channel]) -> None:
+    """Nobody loads the libraries again, and no client is refused meanwhile."""
+    api = channels("api")
+    before = exporter_of_socket(settings.socket)
+    keeper = parent_of(before)
+    os.kill(before, signal.SIGKILL)
+    while exporter_of_socket(settings.socket) == before:
+        pass
+    assert parent_of(exporter_of_socket(settings.socket)) == keeper
+    while api._socket is None or not api.flush([], 1):
+        api.send(RequestSpan(TRACE, "c" * 16, None, 1, 2, "POST", "/x", 200))
+    assert parent_of(exporter_of_socket(settings.socket)) == keeper
+
+
+def test_an_exporter_outlives_its_keeper(settings: Settings, channels: Callable[..., Channel]) -> None:
+    api = channels("api")
+    exporter = exporter_of_socket(settings.socket)
+    os.kill(parent_of(exporter), signal.SIGKILL)
+    assert api.flush([], 30)
+    os.kill(exporter, signal.SIGKILL)
+    while api._socket is None or not api.flush([], 1):
+        api.send(RequestSpan(TRACE, "c" * 16, None, 1, 2, "POST", "/x", 200))
+    assert exporter_of_socket(settings.socket) != exporter
+
+
 def test_the_exporter_leaves_nothing_behind(settings: Settings, channels: Callable[..., Channel]) -> None:
     api = channels("api")
     publish_engine(settings, INFO)
     assert engine_infos(settings) == (INFO,)
-    pid = exporter_pid(settings)
+    pid = exporter_of_socket(settings.socket)
     ended = os.pidfd_open(pid)
     api.close()
     import select
@@ -164,23 +190,10 @@ def test_the_exporter_leaves_nothing_behind(settings: Settings, channels: Callab
     assert list(Path(settings.socket).parent.glob("x.*")) == []
 
 
-def exporter_pid(settings: Settings) -> int:
-    """The process whose command line names our socket."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"tracer.configure" in words and settings.socket.encode() in words:
-                return int(entry.name)
-    raise AssertionError("no exporter process")
-
-
 def test_an_exporter_that_died_at_work_is_noticed(settings: Settings, channels: Callable[..., Channel]) -> None:
     api = channels("api")
-    os.kill(exporter_pid(settings), signal.SIGSTOP)
-    pid = exporter_pid(settings)
+    os.kill(exporter_of_socket(settings.socket), signal.SIGSTOP)
+    pid = exporter_of_socket(settings.socket)
     api.ring.set_waiting(False)  # As if it had died in the middle of a batch: it never said that it sleeps.
     os.kill(pid, signal.SIGKILL)
     patience = threading.Event()
@@ -190,7 +203,7 @@ def test_an_exporter_that_died_at_work_is_noticed(settings: Settings, channels: 
         if api._socket is not None and api.flush([], 1):
             break
         patience.wait(0.05)
-    assert exporter_pid(settings) != pid
+    assert exporter_of_socket(settings.socket) != pid
 
 
 def test_a_runtime_directory_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

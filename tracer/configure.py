@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,7 @@ from tracer.assemble import Assembler
 from tracer.config import Settings
 from tracer.errors import StoreError
 from tracer.export import Exporter, engine_infos
+from tracer.keeper import keep
 from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
 
@@ -65,7 +66,7 @@ def exporter_names() -> tuple[str, ...]:
 
 def load_exporters(settings: Settings, names: Sequence[str]) -> list[Exporter]:
     """The exporters of those entry-point names; one that cannot start is left out and named in the log."""
-    found = {point.name: point for point in entry_points(group=GROUP)}
+    found = {point.name: point for point in _points(names)}
     exporters: list[Exporter] = []
     for name in names:
         try:
@@ -75,12 +76,16 @@ def load_exporters(settings: Settings, names: Sequence[str]) -> list[Exporter]:
     return exporters
 
 
+def _points(names: Sequence[str]) -> list[EntryPoint]:
+    return [point for point in entry_points(group=GROUP) if point.name in names]
+
+
 def recover_store(settings: Settings) -> list[Path]:
     """Close what killed writers left in `settings.store`; returns the captures that are closed now.
 
     Raises StoreError if one of them could not be closed, and MissingExtraError without the writer's libraries.
     """
-    [point] = [point for point in entry_points(group=GROUP) if point.name == "zarr"]
+    [point] = _points(("zarr",))
     writer = point.load()(settings)
     closed: list[Path] = writer.recover()
     if writer.problem is not None:
@@ -105,7 +110,8 @@ class _Client:
 class ExporterProcess:
     """The loop; everything happens on one thread."""
 
-    def __init__(self, path: Path, exporters: Sequence[Exporter]) -> None:
+    def __init__(self, path: Path, exporters: Sequence[Exporter], listener: socket.socket | None = None) -> None:
+        """listener: the socket at `path` if it is there already; without one it is made."""
         self._path = path
         self._exporters = exporters
         self._guard = Guard()
@@ -113,7 +119,7 @@ class ExporterProcess:
         self._clients: dict[int, _Client] = {}
         self._selector = selectors.DefaultSelector()
         self._cpus = frozenset(os.sched_getaffinity(0))
-        self._listener = _listen(path)
+        self._listener = listener or _listen(path)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._stopping = False
         self._heard, self._born = False, time.monotonic()
@@ -282,7 +288,10 @@ class ExporterProcess:
                 exporter.force_flush(SHUTDOWN_SECONDS)
 
     def _finish(self) -> None:
-        self._listener.close()  # A producer that comes now must start a new process, not wait for this one.
+        # A producer that comes now must start a new process, not wait for this one or for its keeper.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
         self._drain()
         self._assembler.close()
         for exporter in self._exporters:
@@ -313,27 +322,33 @@ def _remove(path: Path, *, engines: bool) -> None:
 
 
 def main() -> None:
-    """`python -m tracer.configure SOCKET`: the whole exporter process."""
+    """`python -m tracer.configure SOCKET`: the keeper, and by it the exporter process."""
     if os.fork():
         # The caller gets its child back at once; what goes on belongs to nobody who could be killed with its children.
         os._exit(0)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [tensorspan] %(message)s")
     # A vLLM worker may have bound itself to some cores; its child need not stay there.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    settings = config.load()
-    process = ExporterProcess(Path(sys.argv[1]), load_exporters(settings, exporter_names()))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [tensorspan] %(message)s")
+    settings, path = config.load(), Path(sys.argv[1])
+    listener = _listen(path)
+    for point in _points(exporter_names()):
+        with contextlib.suppress(Exception):  # The exporter process says what is wrong with it.
+            point.load()
+    keep(lambda: _serve(settings, path, listener))
+
+
+def _serve(settings: Settings, path: Path, listener: socket.socket) -> None:
+    """The exporter process, from its first moment to its last."""
+    process = ExporterProcess(path, load_exporters(settings, exporter_names()), listener)
     process.learn(engine_infos(settings))
-    # Not before it listens: until then nothing is recorded, and on busy cores a start that yields takes a minute.
+    # Not before it can read: on busy cores a start that yields takes long, and the queues fill meanwhile.
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # Does not preempt anybody by waking up.
         os.nice(NICENESS)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, process.stop)
     process.run()
-    # Exporters may still hold threads that talk to a dead collector: their time is over.
-    logging.shutdown()
-    os._exit(0)
 
 
 if __name__ == "__main__":

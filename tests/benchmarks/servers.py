@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.integration.server import Server, free_port, server_environment
+from tests.processes import exporter_of_store
 
 __all__ = ["Engine", "Memory", "cpu_seconds", "descendants", "memory", "open_files", "other_plugins"]
 
@@ -179,10 +180,8 @@ def open_files(engine: Engine) -> dict[str, int]:
 
 
 def _exporter_of(store: Path) -> int | None:
-    """The exporter process that writes to `store`."""
-    wanted = f"TENSORSPAN_STORE={store}".encode()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if b"tracer.configure" in (entry / "cmdline").read_bytes() and wanted in (entry / "environ").read_bytes():
-                return int(entry.name)
-    return None
+    """The exporter process that writes to `store`; None if there is none."""
+    try:
+        return exporter_of_store(store)
+    except AssertionError:
+        return None

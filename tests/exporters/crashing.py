@@ -26,6 +26,7 @@ import numpy as np
 
 from exporters.journal import FOLDER
 from tests.exporters.synthetic import DECODE, FULL, NOTHING, Synthetic, engine, exporter, opened
+from tests.processes import exporter_of_socket, parent_of
 from tracer.config import Settings
 from tracer.export import Channel
 from tracer.records import GenerationEnd, Record, WorkerEnd
@@ -198,12 +199,7 @@ def children(root: Path) -> Iterator[dict[str, Child]]:
 
 def exporter_of(root: Path) -> int:
     """The exporter process of that socket, as a file descriptor that says when it has ended."""
-    wanted = [b"tracer.configure", str(root / "x.sock").encode()]
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")[-2:] == wanted:
-                return os.pidfd_open(int(entry.name))
-    raise AssertionError("no exporter process")
+    return os.pidfd_open(exporter_of_socket(root / "x.sock"))
 
 
 def ended(process: int) -> None:
@@ -265,6 +261,7 @@ def kill_worker(root: Path, both: dict[str, Child]) -> list[tuple[int, int]]:
 def kill_server(root: Path, both: dict[str, Child]) -> list[tuple[int, int]]:
     """Everybody dies, the exporter somewhere between the other two."""
     victim = exporter_of(root)
+    os.kill(parent_of(exporter_of_socket(root / "x.sock")), signal.SIGKILL)  # Or the keeper would make another one.
     both["api"].process.kill()
     signal.pidfd_send_signal(victim, signal.SIGKILL)
     both["worker"].process.kill()

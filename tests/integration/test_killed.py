@@ -17,7 +17,8 @@ from exporters import journal
 from exporters.journal import FOLDER, StepEntry
 from tests.integration.oracle import oracle
 from tests.integration.server import Server, await_true, server_environment
-from tests.integration.test_server import TOLERANCE, chat, exporter_of
+from tests.integration.test_server import TOLERANCE, chat
+from tests.processes import exporter_of_store, parent_of
 from tracer import Capture, open_capture
 
 pytestmark = pytest.mark.engine
@@ -92,7 +93,7 @@ def test_the_exporter_is_killed_in_the_middle_of_a_capture(server: Server, serve
     answers: list[Any] = []
     thread = ask(server, answers)
     left = await_steps(server_store)
-    victim = exporter_of(server_store)
+    victim = exporter_of_store(server_store)
     os.kill(victim, signal.SIGSTOP)
     acknowledged = journalled(left)
     os.kill(victim, signal.SIGKILL)
@@ -126,7 +127,8 @@ def test_the_whole_server_is_killed_and_the_command_recovers(demo: Path, tmp_pat
     try:
         thread = ask(server, answers)
         left = await_steps(store)
-        victim = exporter_of(store)
+        victim = exporter_of_store(store)
+        os.kill(parent_of(victim), signal.SIGKILL)  # Or the keeper would make another one.
         os.kill(victim, signal.SIGSTOP)  # Or it might still learn that the others are gone, and end the capture.
         os.killpg(server.process.pid, signal.SIGKILL)
         os.kill(victim, signal.SIGKILL)

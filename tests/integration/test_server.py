@@ -19,6 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from tests.integration.oracle import oracle
 from tests.integration.receiver import Receiver, attributes
 from tests.integration.server import Server
+from tests.processes import exporter_of_store
 from tracer import Capture, find_captures, open_capture
 
 pytestmark = pytest.mark.engine
@@ -293,22 +294,10 @@ def test_a_client_that_leaves_ends_its_span_and_its_capture(
     assert 0 < cap.num_steps < 800
 
 
-def exporter_of(store: Path) -> int:
-    """The exporter process that writes to `store`."""
-    wanted = f"TENSORSPAN_STORE={store}".encode()
-    for entry in Path("/proc").iterdir():
-        try:
-            if b"tracer.configure" in (entry / "cmdline").read_bytes() and wanted in (entry / "environ").read_bytes():
-                return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError("no exporter process")
-
-
 def test_serving_goes_on_without_the_exporter_and_a_new_one_takes_over(
     server: Server, receiver: Receiver, server_store: Path
 ) -> None:
-    before = exporter_of(server_store)
+    before = exporter_of_store(server_store)
     os.kill(before, signal.SIGKILL)
     asked = set()
     deadline = time.monotonic() + RESTART_SECONDS
@@ -322,4 +311,4 @@ def test_serving_goes_on_without_the_exporter_and_a_new_one_takes_over(
             break
     else:
         raise AssertionError("no capture was complete again")
-    assert exporter_of(server_store) != before
+    assert exporter_of_store(server_store) != before
