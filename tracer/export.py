@@ -99,11 +99,9 @@ class Channel:
                 LOG.error("tensorspan: no exporter process at %s after %.0f s; traces are lost", path, timeout_s)
                 return False
             threading.Event().wait(0.05)
-        hello = (
-            json.dumps({"role": self.role, "pid": os.getpid(), "cpus": sorted(os.sched_getaffinity(0))}).encode()
-            + b"\n"
-        )
-        socket.send_fds(conn, [hello], [self.ring.fd])
+        process = os.getpid()  # Also the ID of its first thread, whose cores are meant: this one may be `_reconnect`'s.
+        hello = {"role": self.role, "pid": process, "cpus": sorted(os.sched_getaffinity(process))}
+        socket.send_fds(conn, [json.dumps(hello).encode() + b"\n"], [self.ring.fd])
         conn.setblocking(False)
         self._socket = conn
         for record in self._greeting:
@@ -176,6 +174,9 @@ class Channel:
         threading.Thread(target=self._reconnect, name="tensorspan-reconnect", daemon=True).start()
 
     def _reconnect(self) -> None:
+        # This thread's own: a worker binds its threads to cores that its steps fill, and a child inherits that.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
         try:
             self.connect()
         except OSError as error:

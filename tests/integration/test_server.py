@@ -310,5 +310,7 @@ def test_serving_goes_on_without_the_exporter_and_a_new_one_takes_over(
         if any(entry.complete for entry in find_captures(server_store) if entry.span_id in asked):
             break
     else:
-        raise AssertionError("no capture was complete again")
+        raise AssertionError(
+            f"no capture was complete again; the server's log ends with\n{server.log.read_text()[-4000:]}"
+        )
     assert exporter_of_store(server_store) != before
