@@ -21,14 +21,15 @@ CAPTURE: Final = "attention"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Milliseconds that capturing adds to a decode step of 8 requests, against plain vLLM."""
+    """Milliseconds that capturing adds to a decode step of 8 requests of the same server."""
 
     context: int
     """Prompt tokens of each request."""
     rows: int
     """Requests of the step whose attention is captured."""
     added_ms: float
-    plain_ms: float
+    base_ms: float
+    """A step of which nothing is captured, with its spans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +50,28 @@ class Fit:
 
 
 def sweep(fleet: Fleet, contexts: Sequence[int], rows: Sequence[int], say: Callable[[str], None]) -> list[Point]:
-    """Measure every pair. Prompts of one context are the same, so that only the first of each server is prefilled."""
+    """Measure every pair. Prompts of one context are the same, so that only the first is prefilled.
+
+    The base is a step of the same server: two processes differ by a millisecond a step, by luck of their memory.
+    """
     points = []
     for context in contexts:
         load, seed = Load(STREAMS, context, STEPS), fleet.seed()
-        before = step_ms(fleet.plain(load, seed))
+        fleet.run(_capturing(0), load, seed)  # Fills the prefix cache.
+        before = step_ms(fleet.run(_capturing(0), load, seed)[0])
         for count in rows:
-            variant = Variant(f"{count} rows", "traced", CAPTURE, capturing=tuple(range(count)))
-            batch, captured = fleet.run(variant, load, seed)
-            after = step_ms(fleet.plain(load, seed))
-            plain = (before + after) / 2
-            points.append(Point(context, count, step_ms(batch) - plain, plain))
+            batch, captured = fleet.run(_capturing(count), load, seed)
+            after = step_ms(fleet.run(_capturing(0), load, seed)[0])
+            base = (before + after) / 2
+            points.append(Point(context, count, step_ms(batch) - base, base))
             faults = f", INCOMPLETE: {captured.faults[0]}" if captured is not None and captured.faults else ""
-            say(f"  {context} keys, {count} rows: {points[-1].added_ms:+.2f} ms on {plain:.2f} ms{faults}")
+            say(f"  {context} keys, {count} rows: {points[-1].added_ms:+.2f} ms on {base:.2f} ms{faults}")
             before = after
     return points
+
+
+def _capturing(rows: int) -> Variant:
+    return Variant(f"{rows} rows", "traced", CAPTURE, capturing=tuple(range(rows)))
 
 
 def step_ms(batch: Batch) -> float:
