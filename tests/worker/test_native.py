@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,3 +375,20 @@ def test_the_library_is_built_once_and_is_the_users_alone(tmp_path: Path, monkey
     assert first.stat().st_mtime_ns == made.st_mtime_ns
     assert stat.S_IMODE(made.st_mode) == 0o700
     assert [item.name for item in first.parent.iterdir()] == [first.name]
+
+
+GROWN = """
+import torch
+from tracer.worker import native
+torch.set_num_threads(1)
+library = native.load()
+assert (library.threads(), library.team(1), library.team(4)) == (1, 1, 1)
+torch.set_num_threads(8)
+assert (library.threads(), library.team(1), library.team(4)) == (8, 1, 4)
+"""
+
+
+def test_no_thread_works_without_scratch_of_its_own() -> None:
+    """Other libraries enlarge the pool after the scratch was made: vLLM's n-gram proposer does, by numba."""
+    done = subprocess.run([sys.executable, "-c", GROWN], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[-2000:]) == (0, "")

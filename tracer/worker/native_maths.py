@@ -96,7 +96,7 @@ class NativeMaths:
         usable = [layer for layer in layers if layer.math is not None]
         self._layers = {layer.info.index: NativeLayer.of(layer) for layer in usable}
         self._count = max(self._layers, default=-1) + 1
-        self._threads = int(library.threads())
+        self._threads = int(library.threads())  # There is scratch for so many, however many there are later.
         self._scratch = np.empty(0, np.float32)
         self._scratch_at = self._per_thread = self._stride = 0
         self._maps, self._map_scratch = np.empty(0, np.uint8), np.empty(0, np.float32)
@@ -165,7 +165,7 @@ class NativeMaths:
             self._library.attend_prompt(
                 native.address, address_of(facts), stop - start, stop, address_of(block), query.data_ptr(),
                 query.stride(0), query.stride(1), cache.data_ptr(), table[row.index].data_ptr(),
-                address_of(self._map_scratch), stride,
+                address_of(self._map_scratch), stride, self._threads,
             )  # fmt: skip
             yield start, block
 
@@ -180,6 +180,7 @@ class NativeMaths:
         self._library.attend(
             native.address, rows, count, outs + skip, features + skip, tops + skip, query.data_ptr(), stride,
             head_stride, cache.data_ptr(), table.data_ptr(), table.stride(0), self._scratch_at, self._stride,
+            self._threads,
         )  # fmt: skip
 
     def _make_room(self, longest: int, native: NativeLayer) -> None:

@@ -434,16 +434,22 @@ int64_t threads(void) {
 #endif
 }
 
+/* How many threads may work where there is scratch for `slots`: other libraries change the pool's size as they like. */
+int64_t team(int64_t slots) {
+    int64_t most = threads();
+    return most < slots ? most : slots;
+}
+
 /* Weights and features of one layer for every row that wants it.
  *
  * outs, features, tops: [rows] addresses of this layer's [heads, keys], [heads, 4] and [heads, 2]; features 0: the row
- * does not want the layer; outs 0: features alone. table: int32, `table_stride` entries a row. scratch: for each
- * thread `scratch_floats(stride, ...)`, with stride at least the longest row + block_size + 16. */
+ * does not want the layer; outs 0: features alone. table: int32, `table_stride` entries a row. scratch: `slots` times
+ * `scratch_floats(stride, ...)`, one for each thread, with stride at least the longest row + block_size + 16. */
 void attend(const Layer *layer, const Row *rows, int64_t count, const uint64_t *outs, const uint64_t *features,
             const uint64_t *tops, const void *query, int64_t query_row, int64_t query_head, const void *cache,
-            const int32_t *table, int64_t table_stride, float *scratch, int64_t stride) {
+            const int32_t *table, int64_t table_stride, float *scratch, int64_t stride, int64_t slots) {
     int64_t tasks = count * layer->kv_heads, each = scratch_floats(stride, layer->head_size, layer->block_size);
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1) num_threads((int)team(slots))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t which = task / layer->kv_heads, group = task % layer->kv_heads, thread = 0;
         const Row *row = rows + which;
@@ -461,13 +467,13 @@ void attend(const Layer *layer, const Row *rows, int64_t count, const uint64_t *
 
 /* `count` successive rows of a prompt's map of one layer, the first of them `row`, for the row's heads, all of which the
  * layer has. out: [heads, count, keys], in the row's type, zeros after each row's own position; table: this request's
- * blocks. scratch: for each thread `prompt_floats(stride, ...)`, with stride as for `attend`. */
+ * blocks. scratch: `slots` times `prompt_floats(stride, ...)`, with stride as for `attend`. */
 void attend_prompt(const Layer *layer, const Row *row, int64_t count, int64_t keys, char *out, const void *query,
                    int64_t query_row, int64_t query_head, const char *cache, const int32_t *table, float *scratch,
-                   int64_t stride) {
+                   int64_t stride, int64_t slots) {
     int64_t size = layer->head_size, each = prompt_floats(stride, size, layer->block_size);
     int64_t parts = (count + TOGETHER - 1) / TOGETHER, tasks = row->head_count * parts, bytes = row->dtype == F32 ? 4 : 2;
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1) num_threads((int)team(slots))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t slot = task / parts, first = task % parts * TOGETHER, head = row->heads[slot], thread = 0;
         int rows = count - first < TOGETHER ? (int)(count - first) : TOGETHER;
