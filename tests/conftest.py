@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests import workers
 from tests.exporters.seaweed import Seaweed
 from tracer._guard import Guard
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means."""
+    return workers.process_count()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In several processes: what belongs together, and the longest first."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items[:] = workers.ordered(items)
 
 
 @pytest.fixture(autouse=True)
