@@ -102,6 +102,8 @@ class _Client:
     role: str = ""
     returning: bool = False
     """Another exporter process has read from its ring before."""
+    greeted: bool = False
+    """The first record of its ring has been looked at."""
     cpus: frozenset[int] = frozenset()
     """Cores that a worker has bound itself to."""
     flushes: list[FlushRecord] = field(default_factory=list)
@@ -224,6 +226,7 @@ class ExporterProcess:
         """Workers' records up to now, after everything the API processes had said before them."""
         heads = {fd: client.ring.head for fd, client in self._clients.items() if client.ring is not None}
         self._meet()
+        self._greet()
         for fd, client in list(self._clients.items()):
             if client.role == "api" and client.ring is not None:
                 self._read(fd, client, client.ring, client.ring.head)
@@ -239,6 +242,17 @@ class ExporterProcess:
         for fd, client in list(self._clients.items()):
             if client.ring is None:
                 self._receive(fd)
+
+    def _greet(self) -> None:
+        """Know an engine before its first generation: a worker says what it is before anything else."""
+        for fd, client in list(self._clients.items()):
+            ring = client.ring
+            if client.role == "api" or client.greeted or ring is None or (frame := ring.read()) is None:
+                continue
+            client.greeted = True
+            if wire.is_engine(frame.kind):
+                frame = None
+                self._read(fd, client, ring, ring.head - ring.used + 1)
 
     def _announced(self) -> bool:
         """True once an API process has been heard, or none is to be waited for any longer."""
