@@ -17,9 +17,9 @@ def pytest_xdist_auto_num_workers() -> int:
     return workers.process_count()
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In several processes: what belongs together, and the longest first."""
+    """In several processes: what belongs together, and the longest first (before pytest-xdist reads the groups)."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items[:] = workers.ordered(items)
 
