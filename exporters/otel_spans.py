@@ -113,7 +113,7 @@ class OtelExporter:
                 self._generation_start(record)
             case GenerationEnd():
                 self._generation_end(record)
-            case RequestSpan():
+            case RequestSpan() if record.sampled:
                 self._request(record)
             case ArrayRecord():
                 self._array(record)

@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "local_path",
     "local_store",
+    "metrics_counted",
     "otlp_endpoint",
     "otlp_protocol",
     "publish",
@@ -187,6 +188,11 @@ def otlp_endpoint() -> str | None:
 def spans_disabled() -> bool:
     """True if the standard variables ask for no spans at all, to a collector or to a file."""
     return os.environ.get("OTEL_TRACES_EXPORTER") == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
+def metrics_counted() -> bool:
+    """False if the standard variables switch all of OpenTelemetry off: then nothing is counted either."""
+    return os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
 
 
 def inherited() -> dict[str, str]:

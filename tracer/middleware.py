@@ -193,8 +193,7 @@ class _Exchange:
         except (CaptureUnavailableError, MissingExtraError) as error:
             self.capture_status = "unavailable"
             return _problem(501, "unavailable", error)
-        if capture is not None or self.span.sampled:
-            self._admit(capture, request)
+        self._admit(capture, request)
         return None
 
     def _requested_capture(self, request: RequestBody) -> CaptureSpec | None:
@@ -277,7 +276,7 @@ class _Exchange:
         if self.reported:
             return
         self.reported = True
-        if not self.span.sampled or self.owner.channel is None:
+        if self.owner.channel is None:
             return
         with GUARD("reporting a request"):
             self.owner.channel.send(self._request_span("client disconnected" if self.disconnected else error))
@@ -294,6 +293,7 @@ class _Exchange:
             status_code=self.status_code,
             error=error,
             attributes=self._attributes(),
+            sampled=self.span.sampled,
         )
 
     def _attributes(self) -> dict[str, int | float | str | bool]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tracer.member_records import HiddenSpec, MembersInfo, RouterInfo, RouterSpec
+from tracer.metric_records import PlainGeneration
 
 __all__ = [
     "ArrayRecord",
@@ -28,6 +29,7 @@ __all__ = [
     "LogitsSummary",
     "MembersInfo",
     "Phase",
+    "PlainGeneration",
     "QKSpec",
     "Record",
     "Region",
@@ -368,6 +370,8 @@ class RequestSpan:
     status_code: int
     error: str = ""
     attributes: dict[str, int | float | str | bool] = field(default_factory=dict)
+    sampled: bool = True
+    """False: no span is made of it, and the metrics count it all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,4 +383,14 @@ class FlushRecord:
     """Generation span IDs that must have ended before the answer."""
 
 
-Record = EngineInfo | StepRecord | ArrayRecord | WorkerEnd | GenerationStart | GenerationEnd | RequestSpan | FlushRecord
+Record = (
+    EngineInfo
+    | StepRecord
+    | ArrayRecord
+    | WorkerEnd
+    | GenerationStart
+    | GenerationEnd
+    | RequestSpan
+    | FlushRecord
+    | PlainGeneration
+)

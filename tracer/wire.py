@@ -14,6 +14,7 @@ from tracer.records import (
     FlushRecord,
     GenerationEnd,
     GenerationStart,
+    PlainGeneration,
     Record,
     RequestSpan,
     StepRecord,
@@ -36,6 +37,7 @@ KINDS: Final[dict[int, type]] = {
     6: GenerationEnd,
     7: RequestSpan,
     8: FlushRecord,
+    9: PlainGeneration,
 }
 NUMBERS: Final = {kind: number for number, kind in KINDS.items()}
 _ENCODER: Final = msgspec.msgpack.Encoder()
