@@ -38,6 +38,7 @@ __all__ = [
     "publish",
     "reference",
     "runtime_directory",
+    "signal_protocol",
     "spans_disabled",
     "spool_directory",
     "vllm_plugins",
@@ -183,6 +184,20 @@ def otlp_endpoint() -> str | None:
     """The collector that `OTEL_*` names for spans; None if it names none."""
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     return next((value for name in names if (value := os.environ.get(name))), None)
+
+
+def signal_protocol(signal: str) -> str | None:
+    """`grpc` or `http/protobuf` if `OTEL_*` sends `signal` (`METRICS` or `LOGS`) to a collector; None if it does not.
+
+    A collector counts as named by an endpoint, or by `otlp` as the signal's exporter.
+    """
+    chosen = os.environ.get(f"OTEL_{signal}_EXPORTER", "")
+    names = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    named = chosen == "otlp" or (not chosen and any(os.environ.get(name) for name in names))
+    if not named or not metrics_counted():
+        return None
+    general = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", general)
 
 
 def spans_disabled() -> bool:

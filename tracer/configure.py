@@ -14,17 +14,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tracer import config, wire
+from tracer import config, metric_names, semconv, wire
 from tracer._guard import Guard
 from tracer.assemble import Assembler
 from tracer.config import Settings
 from tracer.export import Exporter, engine_infos
 from tracer.exporter_points import exporter_names, load_exporters, preload_exporters
+from tracer.figures import Board, Figure
 from tracer.keeper import keep
 from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
@@ -80,6 +81,7 @@ class ExporterProcess:
         self._path = path
         self._exporters = exporters
         self._guard = Guard()
+        self._board = Board([*exporters, self])
         self._assembler = Assembler(self._emit, time.monotonic)
         self._clients: dict[int, _Client] = {}
         self._selector = selectors.DefaultSelector()
@@ -98,6 +100,8 @@ class ExporterProcess:
             self._drain()
             self._assembler.expire()
             self._answer_flushes()
+            with self._guard("gathering figures"):
+                self._board.look()
             if self._clients:
                 quiet_since = time.monotonic()
             elif time.monotonic() > quiet_since + (UPLOAD_SECONDS if self._pending() else LINGER_SECONDS):
@@ -108,6 +112,16 @@ class ExporterProcess:
         """Facts of workers that were there before this process; their greeting may not fit into a full ring."""
         for info in engines:
             self._assembler.take(LEARNT, info)
+
+    def figures(self) -> Iterable[Figure]:
+        """How full the queues are, and what was lost on this side of them."""
+        for client in self._clients.values():
+            if client.ring is not None:
+                role = ((semconv.QUEUE_ROLE, client.role),)
+                yield Figure(metric_names.QUEUE_USAGE, client.ring.used, role)
+                yield Figure(metric_names.QUEUE_LIMIT, client.ring.capacity, role)
+        yield Figure(metric_names.RECORDS_LOST, self._assembler.orphans, ((semconv.LOSS_PLACE, "exporter"),))
+        yield Figure(metric_names.EXPORTER_FAILURES, self._guard.failures.total())
 
     def stop(self, *_: object) -> None:
         """Signal handler: leave the loop at the next turn."""

@@ -294,6 +294,7 @@ class _Exchange:
             error=error,
             attributes=self._attributes(),
             sampled=self.span.sampled,
+            operation=ROUTES[self.route],
         )
 
     def _attributes(self) -> dict[str, int | float | str | bool]:

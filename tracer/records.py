@@ -372,6 +372,7 @@ class RequestSpan:
     attributes: dict[str, int | float | str | bool] = field(default_factory=dict)
     sampled: bool = True
     """False: no span is made of it, and the metrics count it all the same."""
+    operation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

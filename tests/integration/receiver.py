@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
@@ -22,11 +21,9 @@ class Receiver(GrpcCollector):
         self._changed = threading.Condition()
         super().__init__()
 
-    def Export(self, request: Any, context: Any) -> Any:
-        answer = super().Export(request, context)
+    def _came(self) -> None:
         with self._changed:
             self._changed.notify_all()
-        return answer
 
     @property
     def endpoint(self) -> str:
