@@ -8,7 +8,7 @@ OLDEST := tests/worker $(addprefix --ignore=tests/worker/test_,attention.py gpu.
   tests/integration/test_families.py::test_attention_and_logits_equal_eager
 
 # Two processes where there are two cores; ARGS=-n0 is one, as a debugger needs it.
-PYTEST := -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+PYTEST := -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 .PHONY: help demo test oldest bench lint types model venv clean
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return workers.process_count()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In several processes: what belongs together, and the longest first (before pytest-xdist reads the groups)."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> workers.Scheduling:
+    """What `--dist loadscope` means."""
+    return workers.Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes, the longest first."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items[:] = workers.ordered(items)
 
