@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
-from tracer import config
+from tracer import config, metrics_page
 from tracer._guard import Guard
 from tracer.authorise import CaptureDeniedError, authorise, header_lines
 from tracer.config import Settings
@@ -32,6 +32,7 @@ from tracer.context import (
     wall_clock_ns,
 )
 from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError, SettingsError
+from tracer.metrics_page import MetricsPage
 from tracer.records import CaptureSpec, EngineInfo, Record, RequestSpan
 from tracer.request_body import RequestBody
 
@@ -89,6 +90,8 @@ class TracingMiddleware:
                 channel, engines = _process_defaults(self.settings, channel, engines)
         self.channel = channel
         self.engines = engines or tuple
+        # Only the channel knows the socket where no process before this one has chosen it.
+        self.page = MetricsPage(app, getattr(channel, "settings", self.settings).socket)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -101,6 +104,8 @@ class TracingMiddleware:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if scope["type"] == "http" and scope["method"] == "POST" and path in ROUTES:
                 await _Exchange(self, scope, path, receive, send).run()
+            elif scope["type"] == "http" and scope["method"] == "GET" and path in metrics_page.PATHS:
+                await self.page(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
