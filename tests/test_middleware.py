@@ -25,6 +25,7 @@ from tracer._guard import Guard
 from tracer.config import Settings
 from tracer.context import ACTIVE, Inbound, in_http_request
 from tracer.errors import SettingsError
+from tracer.log_context import LOG_SPAN, LogSpan
 from tracer.middleware import ROUTES, TracingMiddleware
 from tracer.records import AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, Record, RequestSpan
 
@@ -153,6 +154,19 @@ def test_an_unsampled_request_is_only_counted_and_left_alone(headers: dict[str, 
     assert server.in_http == [True]
     assert server.headers[0].get("traceparent") == headers.get("traceparent")
     assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-00", answer.headers["traceresponse"])
+
+
+def test_log_lines_of_a_request_know_its_span() -> None:
+    seen: list[LogSpan | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(LOG_SPAN.get())
+        await ok(scope, receive, send)
+
+    outlet = Outlet()
+    asyncio.run(drive(traced(app, outlet), Wire(headers=[(b"traceparent", PARENT["traceparent"].encode())])))
+    assert seen == [LogSpan(TRACE, only(outlet).span_id, sampled=True)]
+    assert LOG_SPAN.get() is None
 
 
 def test_two_parents_are_none() -> None:

@@ -19,6 +19,7 @@ from tracer.records import (
     LayerInfo,
     LogitsSpec,
     LogitsSummary,
+    LogLine,
     PlainGeneration,
     Record,
     Region,
@@ -45,6 +46,7 @@ RECORDS: list[Record] = [
     RequestSpan(TRACE, SPAN, None, 1, 2, "POST", "/v1/completions", 200, attributes={"a": 1, "b": 0.5, "c": "d"}),
     FlushRecord("t", (SPAN,)),
     PlainGeneration("m", "chat", 5, SPAN, 1, 7, 9, "error", "ValueError: x", 3, 6),
+    LogLine(1, 30, "tensorspan.zarr", "said", "OSError", TRACE, SPAN, True),
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from tracer.records import (
     EngineInfo,
     GenerationEnd,
     GenerationStart,
+    LogLine,
     PlainGeneration,
     Record,
     RequestSpan,
@@ -96,7 +97,7 @@ class Assembler:
             case EngineInfo():
                 self._ranks = record.world_size if record.rank == 0 else self._ranks
                 self._emit(record, payload)
-            case RequestSpan() | PlainGeneration():
+            case RequestSpan() | PlainGeneration() | LogLine():
                 self._emit(record, payload)
             case _:
                 self.orphans += 1

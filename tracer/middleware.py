@@ -32,6 +32,7 @@ from tracer.context import (
     wall_clock_ns,
 )
 from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError, SettingsError
+from tracer.log_context import LOG_SPAN, LogSpan
 from tracer.metrics_page import MetricsPage
 from tracer.records import CaptureSpec, EngineInfo, Record, RequestSpan
 from tracer.request_body import RequestBody
@@ -140,7 +141,7 @@ class _Exchange:
 
     async def run(self) -> None:
         """Judge the request, pass it on or refuse it, and report the SERVER span exactly once."""
-        token = ACTIVE.set(None)
+        token, said = ACTIVE.set(None), LOG_SPAN.set(LogSpan(self.span.trace_id, self.span.span_id, self.span.sampled))
         try:
             await self._serve()
         except asyncio.CancelledError:
@@ -152,6 +153,7 @@ class _Exchange:
             raise
         finally:
             ACTIVE.reset(token)
+            LOG_SPAN.reset(said)
         self.report("" if self.ended else "response incomplete")
 
     async def _serve(self) -> None:

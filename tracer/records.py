@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tracer.log_records import LogLine
 from tracer.member_records import HiddenSpec, MembersInfo, RouterInfo, RouterSpec
 from tracer.metric_records import PlainGeneration
 
@@ -25,6 +26,7 @@ __all__ = [
     "GenerationStart",
     "HiddenSpec",
     "LayerInfo",
+    "LogLine",
     "LogitsSpec",
     "LogitsSummary",
     "MembersInfo",
@@ -385,13 +387,6 @@ class FlushRecord:
 
 
 Record = (
-    EngineInfo
-    | StepRecord
-    | ArrayRecord
-    | WorkerEnd
-    | GenerationStart
-    | GenerationEnd
-    | RequestSpan
-    | FlushRecord
-    | PlainGeneration
-)
+    EngineInfo | StepRecord | ArrayRecord | WorkerEnd | GenerationStart | GenerationEnd | RequestSpan | FlushRecord
+    | PlainGeneration | LogLine
+)  # fmt: skip

@@ -46,12 +46,14 @@ __all__ = [
     "ERROR_TYPE",
     "ERROR_TYPE_CANCELLED",
     "ERROR_TYPE_OTHER",
+    "EXCEPTION_TYPE",
     "GENERATION_CHOICE",
     "GENERATION_PROMPT_TOKENS",
     "HOST_NAME",
     "HTTP_METHOD",
     "HTTP_ROUTE",
     "HTTP_STATUS_CODE",
+    "LOGGER_NAME",
     "LOGITS_ENTROPY",
     "LOGITS_MARGIN",
     "LOGITS_VARENTROPY",
@@ -208,6 +210,10 @@ LOSS_PLACE: Final = "tensorspan.loss.place"
 """Where a record was lost: `worker` (the queue was full) or `exporter` (it belonged to no open generation)."""
 QUEUE_ROLE: Final = "tensorspan.queue.role"
 """Who writes to a queue: `worker` or `api`."""
+
+# Logs.
+EXCEPTION_TYPE: Final = "exception.type"
+LOGGER_NAME: Final = "tensorspan.logger"
 
 # Resource: ours.
 VERSION: Final = "tensorspan.version"

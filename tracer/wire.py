@@ -14,6 +14,7 @@ from tracer.records import (
     FlushRecord,
     GenerationEnd,
     GenerationStart,
+    LogLine,
     PlainGeneration,
     Record,
     RequestSpan,
@@ -38,6 +39,7 @@ KINDS: Final[dict[int, type]] = {
     7: RequestSpan,
     8: FlushRecord,
     9: PlainGeneration,
+    10: LogLine,
 }
 NUMBERS: Final = {kind: number for number, kind in KINDS.items()}
 _ENCODER: Final = msgspec.msgpack.Encoder()

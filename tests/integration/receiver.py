@@ -29,6 +29,11 @@ class Receiver(GrpcCollector):
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def await_true(self, what: Callable[[], bool]) -> None:
+        """Return when `what` holds; looked at whenever something has come."""
+        with self._changed:
+            assert self._changed.wait_for(what, PATIENCE_SECONDS)
+
     def trace(self, trace_id: str, ready: Callable[[list[Span]], bool] | None = None) -> list[Span]:
         """All spans of a trace once its SERVER span (the last to be sent) and whatever `ready` asks for have come."""
 
