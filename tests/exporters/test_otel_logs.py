@@ -56,7 +56,7 @@ class Failing:
 
 
 def test_a_line_about_a_record_belongs_to_its_span(tmp_path: Path) -> None:
-    memory = InMemoryLogRecordExporter()
+    memory = InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]
     logs = LogsExporter(Settings(), memory)
     process = ExporterProcess(tmp_path / "x.sock", [logs, Failing()])
     process.learn([])
