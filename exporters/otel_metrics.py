@@ -7,7 +7,6 @@ Numbers of steps are counted here in plain integers, because an SDK instrument c
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +42,6 @@ from tracer.records import (
 
 __all__ = ["MetricsExporter"]
 
-LOG: Final = logging.getLogger("tensorspan.metrics")
 MAX_REQUESTS: Final = 4096
 """Requests whose generations have begun and whose own record has not come; more are measured without a LoRA's name."""
 CLIENT_ERROR: Final = 400
