@@ -25,6 +25,7 @@ from tracer._guard import Guard
 from tracer.config import Settings
 from tracer.context import ACTIVE, Inbound, in_http_request
 from tracer.errors import SettingsError
+from tracer.log_context import LOG_SPAN, LogSpan
 from tracer.middleware import ROUTES, TracingMiddleware
 from tracer.records import AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, Record, RequestSpan
 
@@ -155,14 +156,27 @@ def test_without_a_valid_parent_a_new_trace_starts(traceparent: str) -> None:
 
 
 @pytest.mark.parametrize(("headers", "trace"), [(UNSAMPLED, True), ({}, False)])
-def test_an_unsampled_request_sends_no_span_and_is_left_alone(headers: dict[str, str], trace: bool) -> None:
+def test_an_unsampled_request_is_only_counted_and_left_alone(headers: dict[str, str], trace: bool) -> None:
     server = Server(Settings(enabled=True, trace=trace))
     answer = server.post(headers=headers)
-    assert server.outlet.records == []
-    assert server.active == [None]
+    assert server.span.sampled is False
+    assert (server.inbound.sampled, server.inbound.capture) == (False, None)
     assert server.in_http == [True]
     assert server.headers[0].get("traceparent") == headers.get("traceparent")
     assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-00", answer.headers["traceresponse"])
+
+
+def test_log_lines_of_a_request_know_its_span() -> None:
+    seen: list[LogSpan | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(LOG_SPAN.get())
+        await ok(scope, receive, send)
+
+    outlet = Outlet()
+    asyncio.run(drive(traced(app, outlet), Wire(headers=[(b"traceparent", PARENT["traceparent"].encode())])))
+    assert seen == [LogSpan(TRACE, only(outlet).span_id, sampled=True)]
+    assert LOG_SPAN.get() is None
 
 
 def test_two_parents_are_none() -> None:
@@ -174,7 +188,7 @@ def test_two_parents_are_none() -> None:
 def test_an_unsampled_request_may_still_capture() -> None:
     server = Server()
     answer = server.post(headers=UNSAMPLED | LOGITS)
-    assert server.outlet.records == []
+    assert server.span.sampled is False
     assert server.inbound.sampled is False
     assert server.inbound.capture == CaptureSpec(LogitsSpec())
     assert answer.headers["trace-capture-ref"] == f"{TRACE}/{server.inbound.generation_id(0)}"

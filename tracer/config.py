@@ -32,11 +32,13 @@ __all__ = [
     "load",
     "local_path",
     "local_store",
+    "metrics_counted",
     "otlp_endpoint",
     "otlp_protocol",
     "publish",
     "reference",
     "runtime_directory",
+    "signal_protocol",
     "spans_disabled",
     "spool_directory",
     "vllm_plugins",
@@ -189,9 +191,28 @@ def otlp_endpoint() -> str | None:
     return next((value for name in names if (value := os.environ.get(name))), None)
 
 
+def signal_protocol(signal: str) -> str | None:
+    """`grpc` or `http/protobuf` if `OTEL_*` sends `signal` (`METRICS` or `LOGS`) to a collector; None if it does not.
+
+    A collector counts as named by an endpoint, or by `otlp` as the signal's exporter.
+    """
+    chosen = os.environ.get(f"OTEL_{signal}_EXPORTER", "")
+    names = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    named = chosen == "otlp" or (not chosen and any(os.environ.get(name) for name in names))
+    if not named or not metrics_counted():
+        return None
+    general = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", general)
+
+
 def spans_disabled() -> bool:
     """True if the standard variables ask for no spans at all, to a collector or to a file."""
     return os.environ.get("OTEL_TRACES_EXPORTER") == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
+def metrics_counted() -> bool:
+    """False if the standard variables switch all of OpenTelemetry off: then nothing is counted either."""
+    return os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
 
 
 def inherited() -> dict[str, str]:

@@ -182,7 +182,7 @@ class Inbound:
 
 
 ACTIVE: Final[ContextVar[Inbound | None]] = ContextVar("tensorspan_active", default=None)
-"""The request that the current task serves; None if it is neither sampled nor captured."""
+"""The request that the current task serves, sampled or not; None outside our middleware."""
 in_http_request: Final[ContextVar[bool]] = ContextVar("tensorspan_in_http_request", default=False)
 """True while an HTTP request is served: then a request's own `TEXT_KEY` has been judged and must not count again."""
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
-from tracer import config
+from tracer import config, metrics_page
 from tracer._guard import Guard
 from tracer.authorise import KEY_HEADER, Gate
 from tracer.budgets import captured_bytes
@@ -33,6 +33,8 @@ from tracer.context import (
     wall_clock_ns,
 )
 from tracer.keys import Key
+from tracer.log_context import LOG_SPAN, LogSpan
+from tracer.metrics_page import MetricsPage
 from tracer.problems import REFUSALS, Problem, problem_of
 from tracer.records import CaptureSpec, EngineInfo, Record, RequestSpan
 from tracer.request_body import RequestBody
@@ -90,6 +92,8 @@ class TracingMiddleware:
                 channel, engines = _process_defaults(self.settings, channel, engines)
         self.channel = channel
         self.engines = engines or tuple
+        # Only the channel knows the socket where no process before this one has chosen it.
+        self.page = MetricsPage(app, getattr(channel, "settings", self.settings).socket)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -102,6 +106,8 @@ class TracingMiddleware:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if scope["type"] == "http" and scope["method"] == "POST" and path in ROUTES:
                 await _Exchange(self, scope, path, receive, send).run()
+            elif scope["type"] == "http" and scope["method"] == "GET" and path in metrics_page.PATHS:
+                await self.page(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
@@ -140,7 +146,7 @@ class _Exchange:
 
     async def run(self) -> None:
         """Judge the request, pass it on or refuse it, and report the SERVER span exactly once."""
-        token = ACTIVE.set(None)
+        token, said = ACTIVE.set(None), LOG_SPAN.set(LogSpan(self.span.trace_id, self.span.span_id, self.span.sampled))
         try:
             await self._serve()
         except asyncio.CancelledError:
@@ -152,6 +158,7 @@ class _Exchange:
             raise
         finally:
             ACTIVE.reset(token)
+            LOG_SPAN.reset(said)
         self.report("" if self.ended else "response incomplete")
 
     async def _serve(self) -> None:
@@ -195,8 +202,7 @@ class _Exchange:
             problem = problem_of(error)
             self.capture_status, self.refusal = problem.capture, problem.detail
             return problem
-        if capture is not None or self.span.sampled:
-            self._admit(capture, request)
+        self._admit(capture, request)
         return None
 
     def _requested_capture(self, request: RequestBody) -> CaptureSpec | None:
@@ -288,7 +294,7 @@ class _Exchange:
         if self.reported:
             return
         self.reported = True
-        if not self.span.sampled or self.owner.channel is None:
+        if self.owner.channel is None:
             return
         with GUARD("reporting a request"):
             self.owner.channel.send(self._request_span("client disconnected" if self.disconnected else error))
@@ -305,6 +311,8 @@ class _Exchange:
             status_code=self.status_code,
             error=error,
             attributes=self._attributes(),
+            sampled=self.span.sampled,
+            operation=ROUTES[self.route],
         )
 
     def _attributes(self) -> dict[str, int | float | str | bool]:
