@@ -339,6 +339,8 @@ class GenerationStart:
     """Only for captured generations: a capture is content and was authorised as such."""
     prompt_token_bytes: tuple[bytes, ...] = ()
     regions: tuple[Region, ...] = ()
+    owner: str = ""
+    """Name of the key with which the capture was granted; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
@@ -44,6 +44,8 @@ class _Generation:
     bytes_of: TokenBytes | None
     engine: int
     """`id` of the output processor that runs it: a process may hold several engines."""
+    prompt_tokens: int = 0
+    on_end: Callable[[int, int], None] | None = None
     output_ids: list[int] = field(default_factory=list)
     first_token_ns: int | None = None
     cached_tokens: int = 0
@@ -121,7 +123,9 @@ class Frontend:
         if not self._channel().send(start):
             LOG.warning("tensorspan: the queue is full; generation %s is not traced", traced.span_id)
             return None
-        self._open[request.request_id] = _Generation(traced, table, id(processor))
+        self._open[request.request_id] = _Generation(
+            traced, table, id(processor), start.prompt_tokens, inbound.on_end if inbound.capture is not None else None
+        )
         return traced
 
     def _start(
@@ -147,6 +151,7 @@ class Frontend:
             prompt_token_ids=ids if captured else (),
             prompt_token_bytes=texts,
             regions=find_regions(inbound.messages, table(ids)) if table is not None else (),
+            owner=inbound.owner,
         )
 
     def outputs(self, processor: Any, outputs: Sequence[Any]) -> None:
@@ -185,6 +190,8 @@ class Frontend:
         else:
             self._unsent.append(self._traced_end(generation.request, generation, status, reason, error))
         self._send_ends()
+        if generation.on_end is not None:
+            generation.on_end(generation.prompt_tokens, len(generation.output_ids))
 
     def _traced_end(
         self,
