@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
@@ -23,14 +23,17 @@ from exporters.otlp_sender import Sender, open_transport
 from exporters.span_attributes import (
     Style,
     Tally,
+    exception_attributes,
     generation_attributes,
     generation_failure,
     missing_attributes,
     request_attributes,
     request_failure,
     step_attributes,
+    steps_attributes,
 )
 from exporters.span_ranks import StepRanks
+from exporters.step_sums import Plan, StepSum, TraceBudget
 from exporters.zarr_facts import limits_said
 from tracer import metric_names, semconv
 from tracer.config import Settings
@@ -65,6 +68,7 @@ class _Generation:
 
     start: GenerationStart
     context: SpanContext
+    plan: Plan
     waiting: list[StepRecord] = field(default_factory=list)
     ranks: StepRanks | None = None
     """Where several workers report the same step."""
@@ -76,6 +80,8 @@ class _Family:
     """The generations of one request, and its own span once that has come."""
 
     running: int = 0
+    failed: bool = False
+    """The exception of a generation is recorded there, and not once more on the request."""
     start_ns: int | None = None
     end_ns: int = 0
     span: RequestSpan | None = None
@@ -86,7 +92,7 @@ class OtelExporter:
 
     def __init__(self, settings: Settings) -> None:
         self._enabled = settings.trace
-        self._max_steps = settings.steps
+        self._budget = TraceBudget(settings.steps)
         self._style = Style.of(settings)
         self._sender = Sender(open_transport(settings))
         scope = InstrumentationScope(semconv.SCOPE, version(), semconv.SCHEMA_URL)
@@ -150,7 +156,8 @@ class OtelExporter:
             return
         several = self._ranks > 1 and record.capture is not None and record.capture.wants_layers
         ranks = StepRanks(self._ranks) if several else None  # Else rank 0 alone reports.
-        self._open[record.span_id] = _Generation(record, _context(record.trace_id, record.span_id), ranks=ranks)
+        plan = Plan(record.step_spans, self._budget)
+        self._open[record.span_id] = _Generation(record, _context(record.trace_id, record.span_id), plan, ranks=ranks)
         if record.parent_span_id is not None:
             family = self._families.setdefault(record.parent_span_id, _Family())
             family.running += 1
@@ -190,6 +197,8 @@ class OtelExporter:
         end_ns = max(record.end_ns, item.start.start_ns)
         real = [step for step in item.waiting if not _is_surplus(step, record.output_tokens, end_ns)]
         self._emit_steps(item, real, end_ns)
+        for rest in item.plan.close():
+            self._emit_step(item, rest, end_ns)
         attributes = generation_attributes(item.start, record, item.tally, self._style)
         if item.start.capture is not None:
             attributes |= missing_attributes(limits_said(item.start.capture, self._engine))
@@ -198,20 +207,27 @@ class OtelExporter:
             item.context,
             _parent(item.start.trace_id, item.start.parent_span_id, remote=False),
             attributes=attributes,
-            status=_status(generation_failure(record)),
+            status=_status(generation_failure(record, self._style)),
+            events=self._exception(record.error if record.status == "error" else "", end_ns),
             start_time=item.start.start_ns,
             end_time=end_ns,
         )
         self._sender.offer(span, reserve=True)
         if item.start.parent_span_id is not None:
-            self._leave_family(item.start.parent_span_id, end_ns)
+            self._leave_family(item.start.parent_span_id, end_ns, failed=record.status == "error")
 
-    def _leave_family(self, parent_span_id: str, end_ns: int) -> None:
+    def _exception(self, error: str, at_ns: int) -> list[Event]:
+        """The event that records an error, if it is an exception's."""
+        attributes = exception_attributes(error, self._style)
+        return [Event(semconv.EXCEPTION, attributes, at_ns)] if attributes else []
+
+    def _leave_family(self, parent_span_id: str, end_ns: int, *, failed: bool) -> None:
         """A generation has ended: the request span that waited for its last one goes out."""
         family = self._families.get(parent_span_id)
         if family is None:
             return
         family.running -= 1
+        family.failed = family.failed or failed
         family.end_ns = max(family.end_ns, end_ns)
         if family.span is not None and not family.running:
             del self._families[parent_span_id]
@@ -236,15 +252,17 @@ class OtelExporter:
 
     def _emit_request(self, record: RequestSpan, family: _Family) -> None:
         start_ns = min(record.start_ns, family.start_ns or record.start_ns)
+        end_ns = max(record.end_ns, family.end_ns, start_ns)
         span = self._span(
             f"{record.method} {record.route}",
             _context(record.trace_id, record.span_id),
             _parent(record.trace_id, record.parent_span_id, remote=True),
             attributes=request_attributes(record),
             kind=SpanKind.SERVER,
-            status=_status(request_failure(record)),
+            status=_status(request_failure(record, self._style)),
+            events=[] if family.failed else self._exception(record.error, end_ns),
             start_time=start_ns,
-            end_time=max(record.end_ns, family.end_ns, start_ns),
+            end_time=end_ns,
         )
         self._sender.offer(span, reserve=True)
 
@@ -252,24 +270,33 @@ class OtelExporter:
         """Step spans inside the generation's times; `limit_ns` is its end where that is known."""
         if item.ranks is not None:
             steps = item.ranks.take(steps)
-        room = max(self._max_steps - item.tally.steps, 0)
-        item.tally.omitted += max(len(steps) - room, 0)
         for record in steps:
+            if item.tally.first_step_ns is None:
+                item.tally.first_step_ns = record.start_ns
             item.tally.add(record.dropped)
-        for record in steps[:room]:
-            start_ns = max(record.start_ns, item.start.start_ns)
-            end_ns = max(record.end_ns if limit_ns is None else min(record.end_ns, limit_ns), start_ns)
-            span = self._span(
-                record.phase,
-                SpanContext(item.context.trace_id, int(record.step_span_id, 16), is_remote=False, trace_flags=SAMPLED),
-                item.context,
-                attributes=step_attributes(record, self._style),
-                start_time=start_ns,
-                end_time=end_ns,
-            )
+            for span in item.plan.place(record):
+                self._emit_step(item, span, limit_ns)
+
+    def _emit_step(self, item: _Generation, steps: StepRecord | StepSum, limit_ns: int | None) -> None:
+        """The span of one step, or of several, which then has the ID that the first one's would have."""
+        if isinstance(steps, StepSum):
+            first, last = steps.first, steps.last
+            name, attributes = f"{first.phase} steps", steps_attributes(steps, self._style)
+            item.tally.shared += steps.count
+        else:
+            first = last = steps
+            name, attributes = first.phase, step_attributes(first, self._style)
             item.tally.steps += 1
-            if not self._sender.offer(span):
-                item.tally.spans += 1
+        start_ns = max(first.start_ns, item.start.start_ns)
+        span = self._span(
+            name,
+            SpanContext(item.context.trace_id, int(first.step_span_id, 16), is_remote=False, trace_flags=SAMPLED),
+            item.context,
+            attributes=attributes,
+            start_time=start_ns,
+            end_time=max(last.end_ns if limit_ns is None else min(last.end_ns, limit_ns), start_ns),
+        )
+        item.tally.spans += not self._sender.offer(span)
 
 
 def _is_surplus(record: StepRecord, output_tokens: int, end_ns: int) -> bool:

@@ -13,6 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
+from exporters.step_sums import StepSum
 from tracer import semconv as name
 from tracer.config import Settings
 from tracer.records import (
@@ -30,12 +31,14 @@ __all__ = [
     "Style",
     "Tally",
     "error_type",
+    "exception_attributes",
     "generation_attributes",
     "generation_failure",
     "missing_attributes",
     "request_attributes",
     "request_failure",
     "step_attributes",
+    "steps_attributes",
     "store_uri",
 ]
 
@@ -74,11 +77,14 @@ class Tally:
     """What happened to one generation's steps, counted while they passed."""
 
     steps: int = 0
-    omitted: int = 0
+    shared: int = 0
+    """Steps in spans of several."""
     spans: int = 0
     """Step spans refused by the queue towards the collector."""
     records: int = 0
     arrays: int = 0
+    first_step_ns: int | None = None
+    """When the engine began the first step."""
     causes: dict[str, None] | None = None
     """Distinct causes in order of appearance."""
 
@@ -123,6 +129,45 @@ def step_attributes(record: StepRecord, style: Style) -> Attributes:
     return out
 
 
+def steps_attributes(steps: StepSum, style: Style) -> Attributes:
+    """Attributes of a span that several steps share."""
+    first = steps.first
+    out: Attributes = {
+        name.STEP_PHASE: first.phase,
+        name.STEP_ATTEMPT: int(first.attempt),
+        name.STEPS_COUNT: int(steps.count),
+        name.STEPS_TOKENS: int(steps.tokens),
+        name.STEP_POSITION: int(steps.last.position),
+    }
+    if first.step is not None:
+        out[name.STEPS_FIRST] = int(first.step)
+    if steps.last.step is not None:
+        out[name.STEPS_LAST] = int(steps.last.step)
+    if steps.drafts:
+        out |= {name.DRAFTS: int(steps.drafts), name.DRAFTS_ACCEPTED: int(steps.drafts_accepted)}
+    _put_numbers(
+        out,
+        (
+            (name.STEPS_LOGPROB_MEAN, steps.logprob.mean),
+            (name.STEPS_LOGPROB_MIN, steps.logprob.least),
+            (name.STEPS_ENTROPY_MEAN, steps.entropy.mean),
+            (name.STEPS_ENTROPY_MAX, steps.entropy.most),
+            (name.STEPS_MARGIN_MEAN, steps.margin.mean),
+            (name.STEPS_MARGIN_MIN, steps.margin.least),
+            (name.STEPS_SINK_MASS_MEAN, steps.sink_mass.mean),
+            (name.STEPS_PROMPT_MASS_MEAN, steps.prompt_mass.mean),
+        ),
+    )
+    if steps.rank.count:
+        out[name.STEPS_RANK_MAX] = int(steps.rank.most)
+    if first.capture:
+        _put_capture(out, first.trace_id, first.span_id, first.step, style)
+    if steps.dropped:
+        out[name.DROPPED_ARRAYS] = len(steps.dropped)
+        out[name.DROPPED_CAUSES] = _causes(steps.dropped)
+    return out
+
+
 def generation_attributes(start: GenerationStart, end: GenerationEnd, tally: Tally, style: Style) -> Attributes:
     """Attributes of a generation span: the GenAI conventions', and ours.
 
@@ -143,6 +188,12 @@ def generation_attributes(start: GenerationStart, end: GenerationEnd, tally: Tal
     if start.choice == 0:
         out[name.USAGE_INPUT_TOKENS] = start.prompt_tokens
         out[name.USAGE_CACHED_TOKENS] = end.cached_tokens
+    if end.reasoning_tokens is not None:
+        out[name.USAGE_REASONING_TOKENS] = end.reasoning_tokens
+    if start.conversation_id:
+        out[name.CONVERSATION_ID] = _clip(start.conversation_id)
+    if tally.first_step_ns is not None:
+        out[name.QUEUE_DURATION] = max(tally.first_step_ns - start.start_ns, 0) / 1e9
     if start.max_tokens is not None:
         out[name.REQUEST_MAX_TOKENS] = start.max_tokens
     if end.first_token_ns is not None:
@@ -160,11 +211,11 @@ def missing_attributes(limits: list[str]) -> Attributes:
     return {name.CAPTURE_MISSING: [_clip(text) for text in limits[:MAX_CAUSES]]} if limits else {}
 
 
-def generation_failure(end: GenerationEnd) -> str | None:
+def generation_failure(end: GenerationEnd, style: Style) -> str | None:
     """Status description of a generation that did not end well; None leaves the status unset."""
     if end.status == "aborted":
         return ABORTED
-    return _clip(end.error or "the engine reported an error") if end.status == "error" else None
+    return _described(end.error or "the engine reported an error", style) if end.status == "error" else None
 
 
 def request_attributes(record: RequestSpan) -> Attributes:
@@ -179,10 +230,25 @@ def request_attributes(record: RequestSpan) -> Attributes:
     return _put_foreign(out, record.attributes)
 
 
-def request_failure(record: RequestSpan) -> str | None:
+def request_failure(record: RequestSpan, style: Style) -> str | None:
     """Status description of a failed request: HTTP 5xx or an error; 4xx is the client's affair (HTTP conventions)."""
     failed = record.status_code >= SERVER_ERROR or record.error
-    return _clip(record.error) if failed else None
+    return _described(record.error, style) if failed else None
+
+
+def exception_attributes(error: str, style: Style) -> Attributes:
+    """Attributes of the event `exception` for an error such as `ValueError: ...`; empty if it is no exception."""
+    kind = error_type(error)
+    if kind == name.ERROR_TYPE_OTHER:
+        return {}
+    out: Attributes = {name.EXCEPTION_TYPE: kind}
+    return out | {name.EXCEPTION_MESSAGE: _clip(error)} if style.content else out
+
+
+def _described(error: str, style: Style) -> str:
+    """An error's words; those of an exception are content, for it may quote what it could not read."""
+    kind = error_type(error)
+    return _clip(error) if style.content or kind == name.ERROR_TYPE_OTHER else kind
 
 
 def _put_logits(out: Attributes, logits: LogitsSummary, style: Style) -> None:
@@ -236,7 +302,7 @@ def _put_capture(out: Attributes, trace_id: str, span_id: str, step: int | None,
 
 def _put_tally(out: Attributes, tally: Tally) -> None:
     counts = {
-        name.STEPS_OMITTED: tally.omitted,
+        name.STEPS_SHARED: tally.shared,
         name.DROPPED_SPANS: tally.spans,
         name.DROPPED_RECORDS: tally.records,
         name.DROPPED_ARRAYS: tally.arrays,

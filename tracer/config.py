@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
-from tracer.errors import SettingsError
+from tracer.errors import CaptureRequestError, SettingsError
 from tracer.quantities import parse_seconds
+from tracer.step_spans import parse_step_spans
 
 __all__ = [
     "PREFIX",
@@ -41,6 +42,7 @@ __all__ = [
     "signal_protocol",
     "spans_disabled",
     "spool_directory",
+    "trace_sampler",
     "vllm_plugins",
 ]
 
@@ -76,7 +78,10 @@ class Settings:
     read_key: str = _setting("", "secret that lets clients on other hosts read captures over HTTP")
     capture_text: bool = _setting(True, "store token bytes in captures; 0 leaves only token IDs")
     trace: bool = _setting(True, "emit spans; a parent that is not sampled switches them off for its request")
-    steps: int = _setting(2000, "step spans per generation; further steps are counted on the generation span")
+    sampling: str = _setting("", "ratio of requests traced, by path, model and tenant (docs/sampling.md); empty: all")
+    tenant_header: str = _setting("", "request header that names the tenant for `sampling`, such as X-Tenant")
+    steps: int = _setting(2000, "spans of single steps per trace; further steps share spans of 16, 64, 256, ... each")
+    step_spans: str = _setting("all", "steps with a span of their own: all, every:N or summary; others share spans")
     topk: int = _setting(5, "alternatives per step in spans (with content on) and captures")
     queue_mb: int = _setting(256, "shared-memory queue between each worker and the exporter process, MB")
     request_mb: int = _setting(4096, "arrays stored per generation, MB; at the limit the capture stops and says so")
@@ -121,6 +126,7 @@ def load(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] 
         values["content"] = True
     _check_duration("keep", values.get("keep", ""))
     _check_taps(values.get("taps", ""))
+    _check_step_spans(values.get("step_spans", "all"))
     return Settings(**values)
 
 
@@ -205,6 +211,11 @@ def signal_protocol(signal: str) -> str | None:
     return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", general)
 
 
+def trace_sampler() -> tuple[str, str]:
+    """`OTEL_TRACES_SAMPLER` and its argument; empty where they are not set."""
+    return os.environ.get("OTEL_TRACES_SAMPLER", "").strip().lower(), os.environ.get("OTEL_TRACES_SAMPLER_ARG", "")
+
+
 def spans_disabled() -> bool:
     """True if the standard variables ask for no spans at all, to a collector or to a file."""
     return os.environ.get("OTEL_TRACES_EXPORTER") == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
@@ -278,6 +289,13 @@ def _check_duration(name: str, value: str) -> None:
         parse_seconds(value or "0s")
     except SettingsError as error:
         raise SettingsError(f"{PREFIX}{name.upper()}={error}") from error
+
+
+def _check_step_spans(value: str) -> None:
+    try:
+        parse_step_spans(value, f"{PREFIX}STEP_SPANS")
+    except CaptureRequestError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _boolean(value: Any) -> bool:

@@ -146,6 +146,9 @@ class Inbound:
     messages: tuple[tuple[str, str], ...] = ()
     """(role, text) of each message; content, so only filled for a capture."""
     source: Literal["http", "offline"] = "http"
+    step_spans: int = 1
+    """Every how many output tokens a step has a span of its own; 0: none has."""
+    conversation_id: str = ""
     owner: str = ""
     """Name of the key with which the capture was granted."""
     on_end: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol
-from urllib.parse import unquote
 
 from tracer import config, metrics_page
 from tracer._guard import Guard
 from tracer.authorise import KEY_HEADER, Gate
+from tracer.baggage import baggage_member
 from tracer.budgets import captured_bytes
 from tracer.clients import header_lines
 from tracer.config import Settings
@@ -38,6 +39,10 @@ from tracer.metrics_page import MetricsPage
 from tracer.problems import REFUSALS, Problem, problem_of
 from tracer.records import CaptureSpec, EngineInfo, Record, RequestSpan
 from tracer.request_body import RequestBody
+from tracer.sampling import Sampler
+from tracer.semconv import CONVERSATION_ID
+from tracer.step_spans import HEADER as STEPS_HEADER
+from tracer.step_spans import parse_step_spans
 
 __all__ = ["MAX_BODY", "MAX_REFS", "ROUTES", "TracingMiddleware"]
 
@@ -60,8 +65,7 @@ MAX_BODY: Final = 64_000_000
 """Bytes of a request body that is inspected; a larger one is passed on unread, and only headers can ask."""
 MAX_REFS: Final = 64
 """References named in one response header; clients refuse header lines of more than 64 kB."""
-MAX_BAGGAGE: Final = 8192
-OURS: Final = (b"trace-capture", KEY_HEADER)
+OURS: Final = (b"trace-capture", KEY_HEADER, STEPS_HEADER)
 GUARD: Final = Guard()
 
 
@@ -85,7 +89,8 @@ class TracingMiddleware:
         """Raises SettingsError if captures need a key and there is none, or a setting cannot be used."""
         self.app = app
         self.settings = config.load() if settings is None else settings
-        self.gate = Gate.of(self.settings if self.settings.active else Settings())
+        used = self.settings if self.settings.active else Settings()
+        self.gate, self.sampler = Gate.of(used), Sampler.of(used)
         if self.settings.active and (channel is None or engines is None):
             # Servers build middleware before they serve: the exporter process may be waited for here.
             with GUARD("connecting the middleware"):
@@ -126,7 +131,8 @@ class _Exchange:
         self.headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         lines = header_lines(self.headers, b"traceparent")
         self.parent = parse_traceparent(lines[0]) if len(lines) == 1 else None
-        self.span = _server_span(self.parent, owner.settings)
+        self.span = _server_span(self.parent)
+        self._decide({})
         self.replay: deque[Message] = deque()
         self.inbound: Inbound | None = None
         self.refs: tuple[str, ...] = ()
@@ -191,8 +197,12 @@ class _Exchange:
     def _judge(self, body: bytes | None) -> Problem | None:
         """Decide what is captured and set `inbound`; the problem to answer with if the request asks for too much."""
         request = RequestBody(body)
+        if self.owner.sampler.asks_for_model and isinstance(model := request.fields.get("model"), str):
+            self._decide({"model": model})
+            LOG_SPAN.set(LogSpan(self.span.trace_id, self.span.span_id, self.span.sampled))
         try:
             capture = self._requested_capture(request)
+            step_spans = self._step_spans()
             if capture is not None:
                 self.key = self.owner.gate.authorise(self.scope)
                 check_capture(capture, self.owner.engines())
@@ -202,8 +212,21 @@ class _Exchange:
             problem = problem_of(error)
             self.capture_status, self.refusal = problem.capture, problem.detail
             return problem
-        self._admit(capture, request)
+        self._admit(capture, request, step_spans)
         return None
+
+    def _decide(self, facts: dict[str, str]) -> None:
+        """Whether this request is traced; with what its body says once that is known."""
+        known = {"path": self.route, **facts}
+        if header := self.owner.settings.tenant_header:
+            known["tenant"] = ",".join(header_lines(self.headers, header.lower().encode()))
+        asked = None if self.parent is None else self.parent.sampled
+        self.span = replace(self.span, sampled=self.owner.sampler.decide(self.span.trace_id, asked, known))
+
+    def _step_spans(self) -> int:
+        """How fine the step spans are: by the header, else by the setting."""
+        lines = header_lines(self.headers, STEPS_HEADER)
+        return parse_step_spans(", ".join(lines) if lines else self.owner.settings.step_spans)
 
     def _requested_capture(self, request: RequestBody) -> CaptureSpec | None:
         """The header wins over the field, the field over baggage; the winner decides alone, also for `off`."""
@@ -211,13 +234,13 @@ class _Exchange:
         candidates = (
             ("header", ", ".join(lines) if lines else None),
             ("field", request.text()),
-            ("baggage", _baggage_member(", ".join(header_lines(self.headers, b"baggage")))),
+            ("baggage", self._baggage("trace-capture")),
         )
         self.source, text = next(((source, text) for source, text in candidates if text is not None), ("", ""))
         self.requested = text
         return parse_capture(text)
 
-    def _admit(self, capture: CaptureSpec | None, request: RequestBody) -> None:
+    def _admit(self, capture: CaptureSpec | None, request: RequestBody, step_spans: int) -> None:
         captured = capture is not None
         self.inbound = Inbound(
             trace_id=self.span.trace_id,
@@ -226,12 +249,21 @@ class _Exchange:
             capture=capture,
             operation=ROUTES[self.route],
             messages=request.messages() if captured else (),
+            step_spans=step_spans,
+            conversation_id=self._conversation(request) if self.span.sampled else "",
             owner=self.key.name if self.key is not None else "",
             on_end=self._payer(capture) if capture is not None else None,
         )
         if captured:
             self.capture_status = "recording"
             self.refs = self.inbound.refs(min(request.generations(), MAX_REFS))
+
+    def _conversation(self, request: RequestBody) -> str:
+        """By the Responses API's field, else by baggage, with which an agent can name it once for all its calls."""
+        return request.conversation() or self._baggage(CONVERSATION_ID) or ""
+
+    def _baggage(self, name: str) -> str | None:
+        return baggage_member(", ".join(header_lines(self.headers, b"baggage")), name)
 
     def _payer(self, capture: CaptureSpec) -> Callable[[int, int], None]:
         """Charges a generation of so many prompt and output tokens, once it has ended."""
@@ -348,18 +380,8 @@ def _process_defaults(
     return channel or own, engines or (lambda: export.hooked_engines(own.settings))
 
 
-def _server_span(parent: SpanContext | None, settings: Settings) -> SpanContext:
+def _server_span(parent: SpanContext | None) -> SpanContext:
+    """Its identity; whether it is sampled is decided later."""
     if parent is None:
-        return SpanContext(new_trace_id(), new_span_id(), settings.trace)
-    return SpanContext(parent.trace_id, new_span_id(), parent.sampled and settings.trace, parent.random)
-
-
-def _baggage_member(text: str) -> str | None:
-    """The value of member `trace-capture` of W3C baggage; None if it has none or is over its size limit."""
-    if len(text) > MAX_BAGGAGE:
-        return None
-    for member in text.split(","):
-        name, found, value = member.partition(";")[0].partition("=")
-        if found and name.strip() == "trace-capture":
-            return unquote(value.strip())
-    return None
+        return SpanContext(new_trace_id(), new_span_id(), sampled=False)
+    return SpanContext(parent.trace_id, new_span_id(), sampled=False, random=parent.random)

@@ -341,6 +341,9 @@ class GenerationStart:
     regions: tuple[Region, ...] = ()
     owner: str = ""
     """Name of the key with which the capture was granted; empty without one."""
+    step_spans: int = 1
+    """Every how many output tokens a step has a span of its own; 0: none has."""
+    conversation_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +359,8 @@ class GenerationEnd:
     cached_tokens: int = 0
     first_token_ns: int | None = None
     error: str = ""
+    reasoning_tokens: int | None = None
+    """Output tokens inside the model's thinking; None if the server has no reasoning parser."""
     output_token_ids: tuple[int, ...] = ()
     output_token_bytes: tuple[bytes, ...] = ()
 

@@ -60,6 +60,14 @@ class RequestBody:
         if self.fields.get("prompt_embeds"):
             raise embeddings_refusal()
 
+    def conversation(self) -> str:
+        """ID of the conversation, as the Responses API names it; empty without one."""
+        if b'"conversation"' not in self._data:
+            return ""
+        found = self.fields.get("conversation")
+        name = found.get("id") if isinstance(found, dict) else found
+        return name if isinstance(name, str) else ""
+
     def generations(self) -> int:
         """How many sequences the engine will make of this request."""
         n = self.fields.get("n", self._sampling.get("n"))

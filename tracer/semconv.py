@@ -34,6 +34,7 @@ __all__ = [
     "CHOSEN_ID",
     "CHOSEN_LOGPROB",
     "CHOSEN_RANK",
+    "CONVERSATION_ID",
     "CUDA_GRAPH",
     "DEFAULT_SERVICE",
     "DRAFTS",
@@ -46,6 +47,8 @@ __all__ = [
     "ERROR_TYPE",
     "ERROR_TYPE_CANCELLED",
     "ERROR_TYPE_OTHER",
+    "EXCEPTION",
+    "EXCEPTION_MESSAGE",
     "EXCEPTION_TYPE",
     "GENERATION_CHOICE",
     "GENERATION_PROMPT_TOKENS",
@@ -62,6 +65,7 @@ __all__ = [
     "OWN_REQUEST_PREFIX",
     "PROVIDER",
     "PROVIDER_NAME",
+    "QUEUE_DURATION",
     "QUEUE_ROLE",
     "REQUEST_CHOICE_COUNT",
     "REQUEST_MAX_TOKENS",
@@ -76,7 +80,19 @@ __all__ = [
     "SCOPE",
     "SERVICE_NAME",
     "STEPS_COUNT",
-    "STEPS_OMITTED",
+    "STEPS_ENTROPY_MAX",
+    "STEPS_ENTROPY_MEAN",
+    "STEPS_FIRST",
+    "STEPS_LAST",
+    "STEPS_LOGPROB_MEAN",
+    "STEPS_LOGPROB_MIN",
+    "STEPS_MARGIN_MEAN",
+    "STEPS_MARGIN_MIN",
+    "STEPS_PROMPT_MASS_MEAN",
+    "STEPS_RANK_MAX",
+    "STEPS_SHARED",
+    "STEPS_SINK_MASS_MEAN",
+    "STEPS_TOKENS",
     "STEP_ATTEMPT",
     "STEP_INDEX",
     "STEP_PHASE",
@@ -88,6 +104,7 @@ __all__ = [
     "USAGE_CACHED_TOKENS",
     "USAGE_INPUT_TOKENS",
     "USAGE_OUTPUT_TOKENS",
+    "USAGE_REASONING_TOKENS",
     "VERSION",
 ]
 
@@ -125,9 +142,11 @@ RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
 RESPONSE_ID: Final = "gen_ai.response.id"
 RESPONSE_MODEL: Final = "gen_ai.response.model"
 RESPONSE_TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
+CONVERSATION_ID: Final = "gen_ai.conversation.id"
 USAGE_CACHED_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
 USAGE_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
 USAGE_OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+USAGE_REASONING_TOKENS: Final = "gen_ai.usage.reasoning.output_tokens"
 
 # Request spans and resources: core conventions.
 ERROR_TYPE: Final = "error.type"
@@ -144,10 +163,12 @@ GENERATION_CHOICE: Final = "tensorspan.generation.choice"
 """Index of this sequence among the request's `n`."""
 GENERATION_PROMPT_TOKENS: Final = "tensorspan.generation.prompt_tokens"
 OWN_REQUEST_PREFIX: Final = "tensorspan.request."
+QUEUE_DURATION: Final = "tensorspan.queue.duration"
+"""Seconds from the moment that the engine was given the generation to the start of its first step."""
 STEPS_COUNT: Final = "tensorspan.steps.count"
-"""Step spans made for this generation."""
-STEPS_OMITTED: Final = "tensorspan.steps.omitted"
-"""Steps past the setting `steps`: they ran and have no span."""
+"""On a generation: its steps with a span of their own. On a span of several steps: how many they are."""
+STEPS_SHARED: Final = "tensorspan.steps.shared"
+"""Steps of a generation that share spans: past the trace's budget, or because it was asked for."""
 CAPTURE_MISSING: Final = "tensorspan.capture.missing"
 """What was asked for and this engine cannot give, each as `array what: reason`, e.g. `attention layers 0, 2: ...`."""
 DROPPED_RECORDS: Final = "tensorspan.dropped.records"
@@ -199,6 +220,22 @@ ATTENTION_TOP_WEIGHT: Final = "tensorspan.attention.top.weight"
 ATTENTION_TOP_LAYER: Final = "tensorspan.attention.top.layer"
 ATTENTION_TOP_HEAD: Final = "tensorspan.attention.top.head"
 
+# Spans of several steps: ours.
+STEPS_FIRST: Final = "tensorspan.steps.first"
+"""Index of the first output token that the steps predicted; absent for chunks of a prompt that sampled nothing."""
+STEPS_LAST: Final = "tensorspan.steps.last"
+STEPS_TOKENS: Final = "tensorspan.steps.tokens"
+"""Query rows of this generation in all of the steps."""
+STEPS_LOGPROB_MEAN: Final = "tensorspan.steps.logprob.mean"
+STEPS_LOGPROB_MIN: Final = "tensorspan.steps.logprob.min"
+STEPS_RANK_MAX: Final = "tensorspan.steps.rank.max"
+STEPS_ENTROPY_MEAN: Final = "tensorspan.steps.entropy.mean"
+STEPS_ENTROPY_MAX: Final = "tensorspan.steps.entropy.max"
+STEPS_MARGIN_MEAN: Final = "tensorspan.steps.margin.mean"
+STEPS_MARGIN_MIN: Final = "tensorspan.steps.margin.min"
+STEPS_SINK_MASS_MEAN: Final = "tensorspan.steps.sink_mass.mean"
+STEPS_PROMPT_MASS_MEAN: Final = "tensorspan.steps.prompt_mass.mean"
+
 # Metrics.
 TOKEN_TYPE: Final = "gen_ai.token.type"
 """`input` or `output`."""
@@ -211,7 +248,10 @@ LOSS_PLACE: Final = "tensorspan.loss.place"
 QUEUE_ROLE: Final = "tensorspan.queue.role"
 """Who writes to a queue: `worker` or `api`."""
 
-# Logs.
+# Logs, and events of spans.
+EXCEPTION: Final = "exception"
+EXCEPTION_MESSAGE: Final = "exception.message"
+"""Content: only with the content opt-in, for an error may quote what it could not read."""
 EXCEPTION_TYPE: Final = "exception.type"
 LOGGER_NAME: Final = "tensorspan.logger"
 

@@ -35,6 +35,7 @@ from tracer.records import (
     WorkerEnd,
 )
 
+LOGITS = LogitsSummary(1.0, 0.5, 0.25, -0.5, 0)
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CALLER, REQUEST, GENERATION = "00f067aa0ba902b7", "53ce929d0e0e4736", "b7ad6b7169203331"
 T0 = 1_760_000_000_000_000_000
@@ -246,7 +247,7 @@ def test_surplus_steps_never_leave(collector: GrpcCollector) -> None:
     ("changes", "kind", "message"),
     [
         ({"status": "aborted", "finish_reason": "abort"}, "cancelled", "aborted by the client"),
-        ({"status": "error", "error": "EngineDeadError: gone"}, "EngineDeadError", "EngineDeadError: gone"),
+        ({"status": "error", "error": "EngineDeadError: gone"}, "EngineDeadError", "EngineDeadError"),
     ],
 )
 def test_ends_that_are_not_good(collector: GrpcCollector, changes: dict[str, Any], kind: str, message: str) -> None:
@@ -278,12 +279,87 @@ def test_shutdown_sends_the_request_span_that_waits(collector: GrpcCollector) ->
     assert collector.spans(1)[0].name == "POST /v1/chat/completions"
 
 
-def test_steps_past_the_limit_are_counted(collector: GrpcCollector) -> None:
-    send(OtelExporter(Settings(steps=2000)), [start(), *[step(i) for i in range(2501)], end(2500)])
-    spans = collector.spans(2001)
-    generation = attributes(spans[-1])
-    assert (generation[semconv.STEPS_COUNT], generation[semconv.STEPS_OMITTED]) == (2000, 500)
-    assert len({s.span_id for s in spans}) == 2001
+def test_steps_past_the_budget_share_spans_of_16_64_and_256(collector: GrpcCollector) -> None:
+    rows = [replace(LOGITS, entropy=float(i % 7), logprob=-float(i % 5), rank=i % 3) for i in range(2501)]
+    steps = [step(i, logits=row) for i, row in enumerate(rows)]
+    send(OtelExporter(Settings(steps=2000)), [start(), *steps, end(2500)])
+    spans = collector.spans(2001 + 4)
+    generation, shared = attributes(spans[-1]), named(spans, "decode steps")
+    assert (generation[semconv.STEPS_COUNT], generation[semconv.STEPS_SHARED]) == (2000, 500)
+    facts = [attributes(span) for span in shared]
+    assert [fact[semconv.STEPS_COUNT] for fact in facts] == [16, 64, 256, 164]
+    assert [(fact[semconv.STEPS_FIRST], fact[semconv.STEPS_LAST]) for fact in facts] == [
+        (2000, 2015), (2016, 2079), (2080, 2335), (2336, 2499)
+    ]  # fmt: skip
+    entropies = [row.entropy for row in rows[2080:2336]]
+    assert facts[2][semconv.STEPS_ENTROPY_MEAN] == pytest.approx(sum(entropies) / 256)
+    assert (facts[2][semconv.STEPS_ENTROPY_MAX], facts[2][semconv.STEPS_LOGPROB_MIN]) == (6.0, -4.0)
+    assert (facts[2][semconv.STEPS_RANK_MAX], facts[2][semconv.STEPS_TOKENS]) == (2, 256)
+    assert facts[2][semconv.CAPTURE_REF].endswith("/2080")
+    assert not any(name.startswith("gen_ai.") for fact in facts for name in fact)
+    assert shared[2].span_id.hex() == steps[2080].step_span_id
+    assert shared[2].start_time_unix_nano == steps[2080].start_ns
+    assert shared[2].end_time_unix_nano == steps[2335].end_ns
+    assert len({s.span_id for s in spans}) == len(spans)
+
+
+def test_the_budget_is_the_traces_and_not_the_generations(collector: GrpcCollector) -> None:
+    other = {"span_id": "b" * 16}
+    first = [start(), *[step(i) for i in range(8)], end(8)]
+    second = [start(**other), *[step(i, 100 + i, **other) for i in range(8)], end(120, **other)]
+    send(OtelExporter(Settings(steps=10)), [*first, *second])
+    spans = collector.spans(2 + 10 + 1)
+    told = [attributes(span) for span in named(spans, "chat SmolLM2")]
+    assert [(told[0][semconv.STEPS_COUNT], told[0].get(semconv.STEPS_SHARED)), told[1][semconv.STEPS_SHARED]] == [
+        (8, None), 6
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("every", "alone", "shared"),
+    [(1, list(range(10)), []), (4, [0, 4, 8], [(1, 3), (5, 7), (9, 9)]), (0, [], [(0, 0), (1, 9)])],
+)
+def test_steps_are_thinned_as_asked(
+    every: int, alone: list[int], shared: list[tuple[int, int]], collector: GrpcCollector
+) -> None:
+    send(OtelExporter(Settings()), [start(step_spans=every), *[step(i) for i in range(10)], end(10)])
+    spans = collector.spans(1 + len(alone) + len(shared))
+    facts = [attributes(span) for span in spans]
+    assert [fact[semconv.STEP_INDEX] for fact in facts if semconv.STEP_INDEX in fact] == alone
+    told = [(fact[semconv.STEPS_FIRST], fact[semconv.STEPS_LAST]) for fact in facts if semconv.STEPS_FIRST in fact]
+    assert told == shared
+    assert len({span.span_id for span in spans}) == len(spans)
+
+
+def test_losses_of_shared_steps_are_said_there_too(collector: GrpcCollector) -> None:
+    lost = [step(i, dropped=("logits: queue full",) if i == 5 else ()) for i in range(10)]
+    send(OtelExporter(Settings()), [start(step_spans=0), *lost, end(10)])
+    [span] = named(collector.spans(3), "decode steps")
+    assert attributes(span)[semconv.DROPPED_CAUSES] == ["logits: queue full"]
+
+
+def test_time_in_the_queue_and_the_conversation(collector: GrpcCollector) -> None:
+    send(OtelExporter(Settings()), [start(conversation_id="talk-7"), step(0), end(1, reasoning_tokens=3)])
+    generation = attributes(named(collector.spans(2), "chat SmolLM2")[0])
+    assert generation[semconv.QUEUE_DURATION] == pytest.approx(0.01)
+    assert (generation[semconv.CONVERSATION_ID], generation[semconv.USAGE_REASONING_TOKENS]) == ("talk-7", 3)
+
+
+@pytest.mark.parametrize("content", [False, True])
+def test_an_exception_is_recorded_once_and_its_words_are_content(content: bool, collector: GrpcCollector) -> None:
+    error = f"EngineDeadError: cannot go on with {SECRET_TEXT}"
+    failed, answered = end(1, status="error", finish_reason="error", error=error), request(status_code=500, error=error)
+    send(OtelExporter(Settings(content=content)), [start(), step(0), failed, answered])
+    spans = collector.spans(3)
+    events = [(span.name, event) for span in spans for event in span.events]
+    assert [(name, event.name) for name, event in events] == [("chat SmolLM2", "exception")]
+    [found] = [{item.key: item.value.string_value for item in event.attributes} for _, event in events]
+    assert found["exception.type"] == "EngineDeadError"
+    assert found.get("exception.message") == (error if content else None)
+    assert any(SECRET_TEXT.encode() in raw.SerializeToString() for raw in collector.requests) is content
+    send(OtelExporter(Settings()), [request(span_id="e" * 16, status_code=500, error="ValueError: x")])
+    [alone] = [span for span in collector.spans(4) if span.span_id.hex() == "e" * 16]
+    assert [event.name for event in alone.events] == ["exception"]
 
 
 def test_losses_reach_the_generation_span(collector: GrpcCollector) -> None:

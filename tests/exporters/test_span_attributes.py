@@ -219,11 +219,11 @@ def test_only_the_first_choice_counts_the_prompt() -> None:
 
 
 def test_losses_are_said_on_the_generation() -> None:
-    tally = Tally(steps=3, omitted=2, spans=1, records=4)
+    tally = Tally(steps=3, shared=2, spans=1, records=4)
     tally.add(("logits: queue full", "attention: queue full"))
     tally.add(("logits: queue full",))
     out = generation_attributes(START, END, tally, STYLE)
-    assert out[semconv.STEPS_OMITTED] == 2
+    assert out[semconv.STEPS_SHARED] == 2
     assert out[semconv.DROPPED_SPANS] == 1
     assert out[semconv.DROPPED_RECORDS] == 4
     assert out[semconv.DROPPED_ARRAYS] == 3
@@ -243,7 +243,7 @@ def test_losses_are_said_on_the_generation() -> None:
 def test_generation_status(status: Any, error: str, kind: str | None, description: str | None) -> None:
     end = replace(END, status=status, error=error)
     assert generation_attributes(START, end, Tally(), STYLE).get("error.type") == kind
-    assert generation_failure(end) == description
+    assert generation_failure(end, CONTENT) == description
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_request_status(code: int, error: str, kind: str | None, description: st
     out = request_attributes(record)
     assert out.get("error.type") == kind
     assert ("http.response.status_code" in out) == (code != 0)
-    assert request_failure(record) == description
+    assert request_failure(record, CONTENT) == description
 
 
 def test_foreign_attributes_are_cleaned_and_cannot_replace_ours() -> None:
@@ -283,3 +283,9 @@ def test_store_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert store_uri("./captures") == f"file://{tmp_path.resolve()}/captures"
     assert store_uri("s3://bucket/captures/") == "s3://bucket/captures"
+
+
+def test_the_words_of_an_exception_are_content() -> None:
+    end = GenerationEnd(TRACE, SPAN, 2, "error", "error", 1, error="ValueError: cannot read 'my secret'")
+    assert generation_failure(end, STYLE) == "ValueError"
+    assert generation_failure(replace(end, error="the process ended"), STYLE) == "the process ended"

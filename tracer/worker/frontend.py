@@ -23,6 +23,8 @@ from tracer.context import ACTIVE, EXTRA_ARGS_KEY, TEXT_KEY, Inbound
 from tracer.export import Channel, engine_infos, mark_hooked, process_channel
 from tracer.records import CaptureSpec, EngineInfo, GenerationEnd, GenerationStart, PlainGeneration, TraceRequest
 from tracer.regions import find_regions
+from tracer.sampling import Sampler
+from tracer.step_spans import parse_step_spans
 from tracer.worker import compat
 from tracer.worker.tokens import TokenBytes, token_bytes
 
@@ -57,6 +59,8 @@ class Frontend:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._sampler = Sampler.of(settings)
+        self._step_spans = parse_step_spans(settings.step_spans)
         self._counting = config.metrics_counted()
         self._guard = Guard()
         self._open: dict[str, _Generation] = {}
@@ -74,10 +78,11 @@ class Frontend:
         """
         if request.sampling_params is None:
             return
-        inbound, text = self._origin(request.sampling_params.extra_args or {}, served=served)
+        extra, model = request.sampling_params.extra_args or {}, self._model(processor, request)
+        inbound, text = self._origin(extra, model, served=served)
         if inbound is None and text:
             capture = context.parse_capture(text)
-            inbound = Inbound.offline(capture, sampled=self._settings.trace)
+            inbound = self._offline(capture, model)
         traced = None
         if inbound is not None and (inbound.sampled or inbound.capture is not None):
             if inbound.source == "offline" and inbound.capture is not None:
@@ -103,7 +108,7 @@ class Frontend:
         )
         return _Generation(plain, None, id(processor))
 
-    def _origin(self, extra: dict[str, Any], *, served: bool) -> tuple[Inbound | None, str]:
+    def _origin(self, extra: dict[str, Any], model: str, *, served: bool) -> tuple[Inbound | None, str]:
         """Who asked: the middleware, a `capture(...)` block, or the text of an offline request.
 
         An asynchronous engine may stand behind any HTTP server, which passes its clients' `vllm_xargs` on: there a
@@ -113,7 +118,13 @@ class Frontend:
         if inbound is not None or context.in_http_request.get():
             return inbound, ""
         text = "" if served else str(extra.get(TEXT_KEY) or "")
-        return (Inbound.offline(None) if not text and self._settings.trace else None), text
+        return (self._offline(None, model) if not text and self._settings.trace else None), text
+
+    def _offline(self, capture: CaptureSpec | None, model: str) -> Inbound:
+        """A request that nobody's trace belongs to."""
+        made = Inbound.offline(capture)
+        sampled = self._sampler.decide(made.trace_id, None, {"model": model})
+        return replace(made, sampled=sampled, step_spans=self._step_spans)
 
     def _announce(self, processor: Any, request: Any, choice: int, inbound: Inbound) -> TraceRequest | None:
         trace_id, span_id = inbound.issue()
@@ -152,6 +163,8 @@ class Frontend:
             prompt_token_bytes=texts,
             regions=find_regions(inbound.messages, table(ids)) if table is not None else (),
             owner=inbound.owner,
+            step_spans=inbound.step_spans,
+            conversation_id=inbound.conversation_id,
         )
 
     def outputs(self, processor: Any, outputs: Sequence[Any]) -> None:
