@@ -20,7 +20,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from exporters.otlp_sender import Sender, open_transport
+from exporters.otlp_sender import Sender
+from exporters.otlp_transport import open_transport
 from exporters.span_attributes import (
     Style,
     Tally,
