@@ -20,6 +20,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -67,10 +69,10 @@ def main() -> int:
     parser.add_argument("--oldest", action="store_true", help="also .venv/oldest, the oldest vLLM (CPU build)")
     chosen = parser.parse_args()
     try:
-        with (ROOT / "Makefile").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at once: the second waits, then has nothing to do
+        with alone(ROOT / "Makefile"):
             set_up(chosen.engine)
-            if chosen.oldest:
+        if chosen.oldest:
+            with alone(OLDEST_LOCK):  # a lock of its own: it may be made while the tests run
                 set_up_oldest()
     except SetupError as error:
         print(f"tensorspan: {error}", file=sys.stderr)
@@ -79,6 +81,14 @@ def main() -> int:
         print("\ntensorspan: set-up interrupted; the next call starts it afresh", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time: of two `make` at once the second waits, then has nothing to do."""
+    with path.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def set_up(engine: str) -> None:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from tests import workers
 from tests.exporters.seaweed import Seaweed
 from tracer._guard import Guard
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means."""
+    return workers.process_count()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> workers.Scheduling:
+    """What `--dist loadscope` means."""
+    return workers.Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes, the longest first."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items[:] = workers.ordered(items)
 
 
 @pytest.fixture(autouse=True)

@@ -123,6 +123,26 @@ def test_an_api_process_that_has_just_connected_is_heard_before_the_worker(setti
     process._finish()
 
 
+def test_an_engine_is_known_before_its_first_generation(settings: Settings) -> None:
+    """An offline engine: its worker, its first request and its first step may all be there at the first look."""
+    kept = Kept()
+    process = ExporterProcess(Path(settings.socket), [kept])
+    worker, api = Channel(settings, "worker", 1 << 20), Channel(settings, "api", 1 << 20)
+    start, step, _ = generation("b" * 15 + "4")
+    assert worker.connect()
+    assert api.connect()
+    process._meet()
+    worker.greet(INFO)
+    assert all([api.send(start), worker.send(step)])
+    process._drain()
+    assert kept.kinds == ["EngineInfo", "GenerationStart", "StepRecord"]
+    worker.close()
+    api.close()
+    for client in list(process._clients):
+        process._leave(client)
+    process._finish()
+
+
 def test_a_full_ring_refuses_and_counts(settings: Settings) -> None:
     channel = Channel(settings, "worker", 4096)  # Never connected: nobody reads.
     channel._reconnecting = True

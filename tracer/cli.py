@@ -207,11 +207,11 @@ def _prune(options: argparse.Namespace) -> int:
 def _recover(options: argparse.Namespace) -> int:
     import logging
 
-    from tracer import configure, show
+    from tracer import exporter_points, show
 
     logging.getLogger("tensorspan").addHandler(logging.NullHandler())  # What is wrong is said once, by `main`.
     store = _store(options)
-    closed = [str(path) for path in configure.recover_store(config.load({"store": store}))]
+    closed = [str(path) for path in exporter_points.recover_store(config.load({"store": store}))]
     if options.json:
         return _print_json(closed)
     show.emit(*closed, f"{len(closed)} closed in {store}")

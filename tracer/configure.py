@@ -1,7 +1,6 @@
 """The exporter process: reads the rings, orders the records, hands them to the exporters.
 
-Exporters are found by entry-point name in the group `tensorspan.exporters`; nothing in `tracer` imports them. The
-process ends by itself when the last vLLM process has gone.
+The process ends by itself when the last vLLM process has gone.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Final
 
@@ -25,16 +23,15 @@ from tracer import config, wire
 from tracer._guard import Guard
 from tracer.assemble import Assembler
 from tracer.config import Settings
-from tracer.errors import StoreError
 from tracer.export import Exporter, engine_infos
+from tracer.exporter_points import exporter_names, load_exporters, preload_exporters
 from tracer.keeper import keep
 from tracer.records import EngineInfo, FlushRecord, Record
 from tracer.ring import Ring
 
-__all__ = ["ExporterProcess", "exporter_names", "load_exporters", "main", "recover_store"]
+__all__ = ["ExporterProcess", "main"]
 
 LOG: Final = logging.getLogger("tensorspan.exporter")
-GROUP: Final = "tensorspan.exporters"
 FIRST_CLIENT_SECONDS: Final = 120.0
 """End if nobody has connected by then: whoever started us is gone."""
 LINGER_SECONDS: Final = 2.0
@@ -59,40 +56,6 @@ NICENESS: Final = 5
 """Serving goes before writing when they want the same core; a full queue drops arrays and says so."""
 
 
-def exporter_names() -> tuple[str, ...]:
-    """Entry points in use: arrays to Zarr, and spans unless the standard variables ask for none."""
-    return ("zarr",) if config.spans_disabled() else ("zarr", "otel")
-
-
-def load_exporters(settings: Settings, names: Sequence[str]) -> list[Exporter]:
-    """The exporters of those entry-point names; one that cannot start is left out and named in the log."""
-    found = {point.name: point for point in _points(names)}
-    exporters: list[Exporter] = []
-    for name in names:
-        try:
-            exporters.append(found[name].load()(settings))
-        except Exception:
-            LOG.exception("tensorspan: exporter %r cannot start; the others go on", name)
-    return exporters
-
-
-def _points(names: Sequence[str]) -> list[EntryPoint]:
-    return [point for point in entry_points(group=GROUP) if point.name in names]
-
-
-def recover_store(settings: Settings) -> list[Path]:
-    """Close what killed writers left in `settings.store`; returns the captures that are closed now.
-
-    Raises StoreError if one of them could not be closed, and MissingExtraError without the writer's libraries.
-    """
-    [point] = _points(("zarr",))
-    writer = point.load()(settings)
-    closed: list[Path] = writer.recover()
-    if writer.problem is not None:
-        raise StoreError(writer.problem)
-    return closed
-
-
 @dataclass(slots=True)
 class _Client:
     """One connected vLLM process."""
@@ -102,6 +65,8 @@ class _Client:
     role: str = ""
     returning: bool = False
     """Another exporter process has read from its ring before."""
+    greeted: bool = False
+    """The first record of its ring has been looked at."""
     cpus: frozenset[int] = frozenset()
     """Cores that a worker has bound itself to."""
     flushes: list[FlushRecord] = field(default_factory=list)
@@ -224,6 +189,7 @@ class ExporterProcess:
         """Workers' records up to now, after everything the API processes had said before them."""
         heads = {fd: client.ring.head for fd, client in self._clients.items() if client.ring is not None}
         self._meet()
+        self._greet()
         for fd, client in list(self._clients.items()):
             if client.role == "api" and client.ring is not None:
                 self._read(fd, client, client.ring, client.ring.head)
@@ -239,6 +205,17 @@ class ExporterProcess:
         for fd, client in list(self._clients.items()):
             if client.ring is None:
                 self._receive(fd)
+
+    def _greet(self) -> None:
+        """Know an engine before its first generation: a worker says what it is before anything else."""
+        for fd, client in list(self._clients.items()):
+            ring = client.ring
+            if client.role == "api" or client.greeted or ring is None or (frame := ring.read()) is None:
+                continue
+            client.greeted = True
+            if wire.is_engine(frame.kind):
+                frame = None
+                self._read(fd, client, ring, ring.head - ring.used + 1)
 
     def _announced(self) -> bool:
         """True once an API process has been heard, or none is to be waited for any longer."""
@@ -332,9 +309,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [tensorspan] %(message)s")
     settings, path = config.load(), Path(sys.argv[1])
     listener = _listen(path)
-    for point in _points(exporter_names()):
-        with contextlib.suppress(Exception):  # The exporter process says what is wrong with it.
-            point.load()
+    preload_exporters(exporter_names())
     keep(lambda: _serve(settings, path, listener))
 
 

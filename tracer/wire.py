@@ -25,7 +25,7 @@ try:
 except ImportError as missing:  # pragma: no cover - depends on the installation
     raise MissingExtraError("serve", "msgspec") from missing
 
-__all__ = ["decode", "decode_json", "encode", "encode_json"]
+__all__ = ["decode", "decode_json", "encode", "encode_json", "is_engine"]
 
 KINDS: Final[dict[int, type]] = {
     1: EngineInfo,
@@ -45,6 +45,11 @@ _DECODERS: Final[dict[int, Any]] = {number: msgspec.msgpack.Decoder(kind) for nu
 def encode(record: Record) -> tuple[int, bytes]:
     """(kind, bytes) of one record."""
     return NUMBERS[type(record)], _ENCODER.encode(record)
+
+
+def is_engine(kind: int) -> bool:
+    """True for the kind of an EngineInfo."""
+    return kind == NUMBERS[EngineInfo]
 
 
 def decode(kind: int, data: memoryview | bytes) -> Record:
