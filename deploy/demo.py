@@ -343,7 +343,7 @@ def _farewell(capture: Capture, url: str, process: subprocess.Popen[bytes]) -> N
 {command} doctor                      what this machine can capture
 
 Spans in a UI:    make phoenix, or make jaeger where there is Docker
-                  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 {command} serve MODEL
+                  OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=http://127.0.0.1:4317 {command} serve MODEL
                   or upload {STORE}/spans/*.jsonl on Jaeger's search page""")
     if os.environ.get("KEEP"):
         print(f"\nThe server stays at {url}/v1 (model {NAME}). Stop it with: kill {process.pid}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.drop_causes import cause_class
 from tracer.ranks import Part
 from tracer.schema import ATTENTION_PREFILL
 
-__all__ = ["EVERYTHING", "NUMBERS", "Ledger", "ranges"]
+__all__ = ["DROPS", "EVERYTHING", "NUMBERS", "Ledger", "ranges"]
 
 NUMBERS: Final = "span_id"
 """Stands for all one-dimensional arrays over `step`: they come with the record, together or not at all."""
@@ -21,6 +23,8 @@ MAX_RANGES: Final = 50
 NOT_RECEIVED: Final = "not received"
 CACHED: Final = "prefix cache hit: no query was computed"
 
+DROPS: Final[Counter[tuple[str, str]]] = Counter()
+"""What all captures of this process have lost, by array and class of cause."""
 Mask = NDArray[np.bool_]
 Entry = dict[str, str]
 
@@ -66,6 +70,7 @@ class Ledger:
     def drop(self, array: str, step: int | None, cause: str) -> None:
         """Something of `array` was lost at `step`, or while the prompt was read (None)."""
         self._drops.append(_Drop(array, step, cause))
+        DROPS[array, cause_class(cause)] += 1
 
     def mark(self) -> int:
         """A point that `since` counts from."""

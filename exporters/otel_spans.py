@@ -8,20 +8,18 @@ each). What `ReadableSpan` skips is done here: sampling, limits, and times of ch
 
 from __future__ import annotations
 
-import socket
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from typing import Final
 
-from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
+from exporters.otel_resource import resource, version
 from exporters.otlp_sender import Sender
-from exporters.otlp_transport import open_transport
 from exporters.span_attributes import (
     Style,
     Tally,
@@ -33,9 +31,11 @@ from exporters.span_attributes import (
     step_attributes,
 )
 from exporters.span_ranks import StepRanks
+from exporters.span_transport import open_transport
 from exporters.zarr_facts import limits_said
-from tracer import semconv
+from tracer import metric_names, semconv
 from tracer.config import Settings
+from tracer.figures import Figure
 from tracer.records import (
     ArrayRecord,
     EngineInfo,
@@ -90,8 +90,8 @@ class OtelExporter:
         self._max_steps = settings.steps
         self._style = Style.of(settings)
         self._sender = Sender(open_transport(settings))
-        scope = InstrumentationScope(semconv.SCOPE, _version(), semconv.SCHEMA_URL)
-        self._span = partial(ReadableSpan, resource=_resource(), instrumentation_scope=scope)
+        scope = InstrumentationScope(semconv.SCOPE, version(), semconv.SCHEMA_URL)
+        self._span = partial(ReadableSpan, resource=resource(), instrumentation_scope=scope)
         self._open: dict[str, _Generation] = {}
         self._families: OrderedDict[str, _Family] = OrderedDict()
         self._ranks = 1
@@ -102,6 +102,10 @@ class OtelExporter:
     def dropped(self) -> int:
         """Spans that will not arrive: the queue was full, or the collector did not take them."""
         return self._sender.dropped
+
+    def figures(self) -> Iterable[Figure]:
+        """Spans that will not arrive."""
+        yield Figure(metric_names.SPANS_LOST, self.dropped)
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; never waits."""
@@ -114,7 +118,7 @@ class OtelExporter:
                 self._generation_start(record)
             case GenerationEnd():
                 self._generation_end(record)
-            case RequestSpan():
+            case RequestSpan() if record.sampled:
                 self._request(record)
             case ArrayRecord():
                 self._array(record)
@@ -285,20 +289,3 @@ def _parent(trace_id: str, span_id: str | None, *, remote: bool) -> SpanContext 
 def _status(failure: str | None) -> Status:
     """Unset means well: the guidance of OpenTelemetry keeps OK for applications."""
     return Status() if failure is None else Status(StatusCode.ERROR, failure)
-
-
-def _resource() -> Resource:
-    """`OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` win; Jaeger needs `host.name` to compare clocks."""
-    service = {semconv.SERVICE_NAME: semconv.DEFAULT_SERVICE}
-    host = {semconv.HOST_NAME: socket.gethostname()}
-    theirs = Resource.create({semconv.VERSION: _version()})
-    if str(theirs.attributes.get(semconv.SERVICE_NAME, "")).startswith("unknown_service"):
-        theirs = theirs.merge(Resource(service))
-    return Resource(host).merge(theirs)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("tensorspan")
-    except metadata.PackageNotFoundError:
-        return "0.0.0"

@@ -20,7 +20,7 @@ from typing import Final
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from exporters.otlp_transport import RejectedError, UnavailableError
+from exporters.span_transport import RejectedError, UnavailableError
 from tracer._guard import Guard
 
 __all__ = ["AWAY", "BATCH", "CAPACITY", "CAPACITY_BYTES", "FULL", "REFUSED", "SHUTDOWN", "Sender"]

@@ -29,6 +29,7 @@ __all__ = [
     "Attributes",
     "Style",
     "Tally",
+    "error_type",
     "generation_attributes",
     "generation_failure",
     "missing_attributes",
@@ -172,7 +173,7 @@ def request_attributes(record: RequestSpan) -> Attributes:
     if record.status_code:
         out[name.HTTP_STATUS_CODE] = record.status_code
     if record.error:
-        out[name.ERROR_TYPE] = _error_type(record.error)
+        out[name.ERROR_TYPE] = error_type(record.error)
     elif record.status_code >= SERVER_ERROR:
         out[name.ERROR_TYPE] = str(record.status_code)
     return _put_foreign(out, record.attributes)
@@ -271,10 +272,10 @@ def _parameter(suffix: str) -> str:
 def _generation_error(end: GenerationEnd) -> str | None:
     if end.status == "aborted":
         return name.ERROR_TYPE_CANCELLED
-    return _error_type(end.error) if end.status == "error" else None
+    return error_type(end.error) if end.status == "error" else None
 
 
-def _error_type(text: str) -> str:
+def error_type(text: str) -> str:
     """The class of an error as backends group it: `ValueError` of `ValueError: ...`, `_OTHER` of free text."""
     match = re.match(r"([A-Za-z_][\w.]{0,99})(?::|$)", text)
     return match[1] if match else name.ERROR_TYPE_OTHER

@@ -37,6 +37,7 @@ class StoreBudget:
         self._known = 0
         """Bytes in the store at the last look, corrected so that adding `_written` gives what is there now."""
         self._written = 0
+        self._seen = False
         self._next_look = clock()
         self._looking: threading.Thread | None = None
         self.refusal()
@@ -54,6 +55,13 @@ class StoreBudget:
         if now >= self._next_look - (LOOK_SECONDS - FULL_LOOK_SECONDS if full else 0.0):
             self._look_beside(now)
         return f"store budget of {self._limit_mb} MB reached; run tensorspan prune" if full else None
+
+    def size(self) -> int | None:
+        """Bytes in the store as of the last look, and what has been written since; None before the first look."""
+        now = self._clock()
+        if now >= self._next_look:
+            self._look_beside(now)
+        return self._known + self._written if self._seen else None
 
     def wait(self) -> None:
         """Until the look that is under way, if one is, has ended."""
@@ -75,4 +83,5 @@ class StoreBudget:
             return
         # What was written during the look may be in `found` or not: taken as if it were, so that nothing counts twice.
         self._known = found - self._written
+        self._seen = True
         self._next_look += SHARE * (self._clock() - begin)

@@ -6,16 +6,18 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from exporters.ledger import DROPS
 from exporters.retention import Retention
 from exporters.store_budget import StoreBudget
-from tracer import config
+from tracer import config, metric_names, semconv
 from tracer.config import Settings
+from tracer.figures import Figure
 from tracer.records import ArrayRecord, GenerationStart, StepRecord
 from tracer.span_index import SpanIndex
 
@@ -108,6 +110,15 @@ class StoreFront:
         repair = "" if cause == SPOOL_FULL else f"; make {os.fspath(self.root)} writable or free space"
         self.problem = f"{what}: {error}{repair}; the next capture tries again"
         LOG.error("tensorspan: %s", self.problem)
+
+    def figures(self) -> Iterable[Figure]:
+        """Size, losses and drops."""
+        if (size := self.budget.size()) is not None:
+            yield Figure(metric_names.STORE_SIZE, size)
+        for cause, count in self.lost.items():
+            yield Figure(metric_names.CAPTURE_LOST, count, ((semconv.ERROR_TYPE, cause),))
+        for (array, cause), count in DROPS.items():
+            yield Figure(metric_names.ARRAYS_DROPPED, count, ((semconv.ARRAY_NAME, array), (semconv.DROP_CAUSE, cause)))
 
     def flush(self, timeout_s: float) -> bool:
         """Wait for the bucket, if the store is one."""

@@ -193,6 +193,7 @@ def start_attributes(start: GenerationStart, engine: EngineInfo | None) -> dict[
         "span_id": start.span_id,
         "traced": start.sampled,
         "request_id": start.request_id,
+        "owner": start.owner,
         "operation": start.operation,
         "choice": start.choice,
         "model": start.model,

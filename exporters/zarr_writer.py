@@ -14,7 +14,7 @@ import logging
 import shutil
 import struct
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +26,7 @@ from exporters.zarr_capture import OpenCapture
 from tracer import schema
 from tracer.config import Settings
 from tracer.errors import StoreError
+from tracer.figures import Figure
 from tracer.ranks import whole_engines
 from tracer.records import ArrayRecord, EngineInfo, GenerationEnd, GenerationStart, Record, StepRecord
 
@@ -99,6 +100,10 @@ class ZarrExporter:
     def pending(self) -> Collection[str]:
         """Captures that are closed and not yet in the bucket."""
         return self._store.pending()
+
+    def figures(self) -> Iterable[Figure]:
+        """Size, losses and drops."""
+        return self._store.figures()
 
     def shutdown(self, timeout_s: float) -> bool:
         """Close captures that are still open as interrupted; False if time ran out and some stayed as they are.

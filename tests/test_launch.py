@@ -119,7 +119,10 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "store": str(tmp_path / "new"), "capture": "key", "capture-key": "s", "capture-text": "0", "trace": "0",
         "steps": "3", "topk": "4", "queue-mb": "5", "request-mb": "6", "store-mb": "9", "keep": "7d",
         "codec": "none", "content": "1", "taps": "router", "spool": str(tmp_path / "spool"), "spool-mb": "7",
+        "keys-file": str(tmp_path / "keys"), "trusted-proxies": "10.0.0.0/8", "captures-per-minute": "2.5",
+        "capture-mb-per-hour": "7.5", "read-key": "r",
     }  # fmt: skip
+    (tmp_path / "keys").touch(mode=0o600)
     options = [part for name, value in values.items() for part in (f"--{name}", value)]
     main(["serve", "m", "--port", "8", *options[:8], "--seed", "1", *options[8:]])
     ours = {name: value for name, value in seen["environment"].items() if name.startswith("TENSORSPAN_")}

@@ -25,6 +25,7 @@ from tracer._guard import Guard
 from tracer.config import Settings
 from tracer.context import ACTIVE, Inbound, in_http_request
 from tracer.errors import SettingsError
+from tracer.log_context import LOG_SPAN, LogSpan
 from tracer.middleware import ROUTES, TracingMiddleware
 from tracer.records import AttentionSpec, CaptureSpec, EngineInfo, LayerInfo, LogitsSpec, Record, RequestSpan
 
@@ -73,6 +74,16 @@ class Server:
         routes = [Route(path, endpoint or self.generate, methods=["POST"]) for path in (*ROUTES, "/tokenize")]
         arguments = (self.settings, self.outlet, lambda: self.engines)
         return Starlette(routes=routes, middleware=[Middleware(TracingMiddleware, *arguments)])
+
+    def posts(self, *headers: dict[str, str]) -> list[httpx.Response]:
+        """Several requests to the same server process, one after the other."""
+
+        async def call() -> list[httpx.Response]:
+            transport = httpx.ASGITransport(self.app(), client=self.client)  # type: ignore[arg-type]
+            async with httpx.AsyncClient(transport=transport, base_url="http://server:8000") as client:
+                return [await client.post(CHAT, headers=each, json={"messages": []}) for each in headers]
+
+        return asyncio.run(call())
 
     def post(self, path: str = CHAT, headers: dict[str, str] | None = None, **content: Any) -> httpx.Response:
         if not content:
@@ -145,14 +156,27 @@ def test_without_a_valid_parent_a_new_trace_starts(traceparent: str) -> None:
 
 
 @pytest.mark.parametrize(("headers", "trace"), [(UNSAMPLED, True), ({}, False)])
-def test_an_unsampled_request_sends_no_span_and_is_left_alone(headers: dict[str, str], trace: bool) -> None:
+def test_an_unsampled_request_is_only_counted_and_left_alone(headers: dict[str, str], trace: bool) -> None:
     server = Server(Settings(enabled=True, trace=trace))
     answer = server.post(headers=headers)
-    assert server.outlet.records == []
-    assert server.active == [None]
+    assert server.span.sampled is False
+    assert (server.inbound.sampled, server.inbound.capture) == (False, None)
     assert server.in_http == [True]
     assert server.headers[0].get("traceparent") == headers.get("traceparent")
     assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-00", answer.headers["traceresponse"])
+
+
+def test_log_lines_of_a_request_know_its_span() -> None:
+    seen: list[LogSpan | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(LOG_SPAN.get())
+        await ok(scope, receive, send)
+
+    outlet = Outlet()
+    asyncio.run(drive(traced(app, outlet), Wire(headers=[(b"traceparent", PARENT["traceparent"].encode())])))
+    assert seen == [LogSpan(TRACE, only(outlet).span_id, sampled=True)]
+    assert LOG_SPAN.get() is None
 
 
 def test_two_parents_are_none() -> None:
@@ -164,7 +188,7 @@ def test_two_parents_are_none() -> None:
 def test_an_unsampled_request_may_still_capture() -> None:
     server = Server()
     answer = server.post(headers=UNSAMPLED | LOGITS)
-    assert server.outlet.records == []
+    assert server.span.sampled is False
     assert server.inbound.sampled is False
     assert server.inbound.capture == CaptureSpec(LogitsSpec())
     assert answer.headers["trace-capture-ref"] == f"{TRACE}/{server.inbound.generation_id(0)}"
@@ -426,6 +450,70 @@ def test_the_key() -> None:
     assert answer.headers["trace-capture-status"] == "recording"
     assert not {"trace-capture", "trace-capture-key"} & set(server.headers[-1])
     assert "geheim" not in repr(server.outlet.records)
+
+
+def test_named_keys_are_written_down_and_limited(tmp_path: Path) -> None:
+    """The audit: who asked for what, and whether it was granted, by the key's name and never the key."""
+    file = tmp_path / "keys.toml"
+    file.touch(mode=0o600)
+    file.write_text('[alice]\nkey = "geheim"\ncaptures_per_minute = 1\n[bob]\nkey = "offen"\nmay = ["read"]')
+    server = policy("key", keys_file=str(file))
+    server.client = ("10.0.0.5", 1)
+    alice, bob = {"Trace-Capture-Key": "geheim"}, {"Trace-Capture-Key": "offen"}
+    first, second, reader, uncaptured = server.posts(LOGITS | alice, LOGITS | alice, LOGITS | bob, alice)
+    assert first.headers["trace-capture-status"] == "recording"
+    assert (second.status_code, second.headers["retry-after"]) == (429, "60")
+    assert second.headers["trace-capture-status"] == "denied"
+    assert second.json()["detail"].startswith("nothing is left of captures_per_minute of the key alice")
+    assert (reader.status_code, uncaptured.status_code) == (403, 200), "bob may only read; no capture, no limit"
+    granted, refused, *_ = (record.attributes for record in server.outlet.records if isinstance(record, RequestSpan))
+    assert (granted["tensorspan.capture.key"], granted["tensorspan.capture.policy"]) == ("alice", "key")
+    assert granted["client.address"] == "10.0.0.5"
+    assert refused["tensorspan.capture.refusal"] == second.json()["detail"]
+    assert server.active[0] is not None
+    assert server.active[0].owner == "alice"
+    assert not {"trace-capture", "trace-capture-key"} & set(server.headers[-1])
+    assert "geheim" not in repr(server.outlet.records)
+
+
+def test_an_ended_capture_is_paid_for() -> None:
+    server = policy("all", capture_mb_per_hour=0.001)
+    first, second = server.posts(LOGITS, LOGITS)
+    assert [answer.status_code for answer in (first, second)] == [200, 200], "it is paid when it has ended"
+
+    async def generate(request: Request) -> JSONResponse:
+        inbound = ACTIVE.get()
+        assert inbound is not None
+        assert inbound.on_end is not None
+        inbound.on_end(5, 7)
+        return JSONResponse({})
+
+    server.generate = generate  # type: ignore[method-assign]
+    first, second = server.posts(LOGITS, LOGITS)
+    assert (first.status_code, second.status_code) == (200, 429)
+    assert "TENSORSPAN_CAPTURE_MB_PER_HOUR" in second.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["Trace_Capture", "trace_capture_key", "X-Trace-Capture", "Trace-Capture-Keys"])
+def test_names_that_only_look_like_ours_ask_for_nothing(name: str) -> None:
+    server = Server()
+    assert server.post(headers={name: "logits"}).headers["trace-capture-status"] == "off"
+
+
+def test_two_keys_are_none() -> None:
+    server = policy("key", capture_key="k")
+    given = [("Trace-Capture", "logits"), ("Trace-Capture-Key", "wrong"), ("Trace-Capture-Key", "k")]
+    assert server.post(headers=given).status_code == 403  # type: ignore[arg-type]
+
+
+def test_a_trusted_proxy_says_who_the_client_is() -> None:
+    server = policy("loopback", trusted_proxies="10.0.0.0/8")
+    server.client = ("10.0.0.5", 1)
+    local, far = server.posts(*(LOGITS | {"X-Forwarded-For": f"127.0.0.1{more}"} for more in ("", ", 203.0.113.9")))
+    assert (local.headers["trace-capture-status"], far.status_code) == ("recording", 403)
+    granted, refused = (record.attributes for record in server.outlet.records if isinstance(record, RequestSpan))
+    assert (granted["client.address"], granted["network.peer.address"]) == ("127.0.0.1", "10.0.0.5")
+    assert (refused["client.address"], refused["network.peer.address"]) == ("203.0.113.9", "10.0.0.5")
 
 
 def test_a_key_policy_without_a_key_does_not_start() -> None:

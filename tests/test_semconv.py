@@ -27,6 +27,7 @@ def test_no_name_is_also_a_namespace() -> None:
 def test_only_known_namespaces_are_used() -> None:
     assert {value.split(".")[0] for value in NAMES.values()} == {
         "error",
+        "exception",
         "gen_ai",
         "host",
         "http",

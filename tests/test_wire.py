@@ -19,6 +19,8 @@ from tracer.records import (
     LayerInfo,
     LogitsSpec,
     LogitsSummary,
+    LogLine,
+    PlainGeneration,
     Record,
     Region,
     RequestSpan,
@@ -43,6 +45,8 @@ RECORDS: list[Record] = [
     GenerationEnd(TRACE, SPAN, 9, "ok", "stop", 3, output_token_bytes=(b"\x80",)),
     RequestSpan(TRACE, SPAN, None, 1, 2, "POST", "/v1/completions", 200, attributes={"a": 1, "b": 0.5, "c": "d"}),
     FlushRecord("t", (SPAN,)),
+    PlainGeneration("m", "chat", 5, SPAN, 1, 7, 9, "error", "ValueError: x", 3, 6),
+    LogLine(1, 30, "tensorspan.zarr", "said", "OSError", TRACE, SPAN, True),
 ]  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from tracer.records import (
     EngineInfo,
     GenerationEnd,
     GenerationStart,
+    LogLine,
+    PlainGeneration,
     Record,
     RequestSpan,
     StepRecord,
@@ -95,7 +97,7 @@ class Assembler:
             case EngineInfo():
                 self._ranks = record.world_size if record.rank == 0 else self._ranks
                 self._emit(record, payload)
-            case RequestSpan():
+            case RequestSpan() | PlainGeneration() | LogLine():
                 self._emit(record, payload)
             case _:
                 self.orphans += 1

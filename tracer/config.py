@@ -32,11 +32,13 @@ __all__ = [
     "load",
     "local_path",
     "local_store",
+    "metrics_counted",
     "otlp_endpoint",
     "otlp_protocol",
     "publish",
     "reference",
     "runtime_directory",
+    "signal_protocol",
     "spans_disabled",
     "spool_directory",
     "vllm_plugins",
@@ -67,6 +69,11 @@ class Settings:
     spool_mb: int = _setting(4096, "captures that may wait for the bucket, MB; at the limit new ones are refused")
     capture: str = _setting("loopback", "who may capture: off, loopback, key or all", CAPTURE_POLICIES)
     capture_key: str = _setting("", "secret expected in the Trace-Capture-Key header when capture is `key`")
+    keys_file: str = _setting("", "TOML file of named keys, their rights and limits (docs/access.md); mode 0600")
+    trusted_proxies: str = _setting("", "networks whose X-Forwarded-For is believed, such as 10.0.0.0/8, 127.0.0.1")
+    captures_per_minute: float = _setting(0.0, "captured requests per minute of an API process; 0: no limit")
+    capture_mb_per_hour: float = _setting(0.0, "arrays captured per hour through an API process, MB; 0: no limit")
+    read_key: str = _setting("", "secret that lets clients on other hosts read captures over HTTP")
     capture_text: bool = _setting(True, "store token bytes in captures; 0 leaves only token IDs")
     trace: bool = _setting(True, "emit spans; a parent that is not sampled switches them off for its request")
     steps: int = _setting(2000, "step spans per generation; further steps are counted on the generation span")
@@ -184,9 +191,28 @@ def otlp_endpoint() -> str | None:
     return next((value for name in names if (value := os.environ.get(name))), None)
 
 
+def signal_protocol(signal: str) -> str | None:
+    """`grpc` or `http/protobuf` if `OTEL_*` sends `signal` (`METRICS` or `LOGS`) to a collector; None if it does not.
+
+    A collector counts as named by an endpoint, or by `otlp` as the signal's exporter.
+    """
+    chosen = os.environ.get(f"OTEL_{signal}_EXPORTER", "")
+    names = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    named = chosen == "otlp" or (not chosen and any(os.environ.get(name) for name in names))
+    if not named or not metrics_counted():
+        return None
+    general = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", general)
+
+
 def spans_disabled() -> bool:
     """True if the standard variables ask for no spans at all, to a collector or to a file."""
     return os.environ.get("OTEL_TRACES_EXPORTER") == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
+def metrics_counted() -> bool:
+    """False if the standard variables switch all of OpenTelemetry off: then nothing is counted either."""
+    return os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
 
 
 def inherited() -> dict[str, str]:
@@ -238,7 +264,7 @@ def _convert(item: Any, value: Any) -> Any:
     name = PREFIX + item.name.upper()
     kind = type(item.default)
     try:
-        out = _boolean(value) if kind is bool else kind(value)
+        out = {bool: _boolean, float: _amount}.get(kind, kind)(value)
     except ValueError as error:
         raise SettingsError(f"{name}={value!r} is not a {kind.__name__}; default: {_show(item.default)}") from error
     choices = item.metadata["choices"]
@@ -263,5 +289,12 @@ def _boolean(value: Any) -> bool:
     raise ValueError(text)
 
 
+def _amount(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number < float("inf"):
+        raise ValueError(number)
+    return number
+
+
 def _show(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value) or "(empty)"
+    return f"{value:g}" if isinstance(value, (bool, float)) else str(value) or "(empty)"

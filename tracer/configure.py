@@ -14,19 +14,31 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tracer import config, wire
+from tracer import config, metric_names, semconv, wire
 from tracer._guard import Guard
 from tracer.assemble import Assembler
 from tracer.config import Settings
 from tracer.export import Exporter, engine_infos
 from tracer.exporter_points import exporter_names, load_exporters, preload_exporters
+from tracer.figures import Board, Figure
 from tracer.keeper import keep
-from tracer.records import EngineInfo, FlushRecord, Record
+from tracer.log_context import LOG_SPAN, LogSpan
+from tracer.log_relay import Seldom
+from tracer.records import (
+    ArrayRecord,
+    EngineInfo,
+    FlushRecord,
+    GenerationEnd,
+    GenerationStart,
+    Record,
+    RequestSpan,
+    StepRecord,
+)
 from tracer.ring import Ring
 
 __all__ = ["ExporterProcess", "main"]
@@ -50,6 +62,8 @@ API_SECONDS: Final = 3.0
 After a crash both connect again, in any order, and a step that is read before the start of its generation belongs to
 nobody.
 """
+REPEAT_SECONDS: Final = 600.0
+"""How often an OTLP exporter may say the same on standard error."""
 LEARNT: Final = -1
 """Stands for the connection of facts that came in no ring."""
 NICENESS: Final = 5
@@ -80,6 +94,7 @@ class ExporterProcess:
         self._path = path
         self._exporters = exporters
         self._guard = Guard()
+        self._board = Board([*exporters, self])
         self._assembler = Assembler(self._emit, time.monotonic)
         self._clients: dict[int, _Client] = {}
         self._selector = selectors.DefaultSelector()
@@ -98,6 +113,8 @@ class ExporterProcess:
             self._drain()
             self._assembler.expire()
             self._answer_flushes()
+            with self._guard("gathering figures"):
+                self._board.look()
             if self._clients:
                 quiet_since = time.monotonic()
             elif time.monotonic() > quiet_since + (UPLOAD_SECONDS if self._pending() else LINGER_SECONDS):
@@ -108,6 +125,16 @@ class ExporterProcess:
         """Facts of workers that were there before this process; their greeting may not fit into a full ring."""
         for info in engines:
             self._assembler.take(LEARNT, info)
+
+    def figures(self) -> Iterable[Figure]:
+        """How full the queues are, and what was lost on this side of them."""
+        for client in self._clients.values():
+            if client.ring is not None:
+                role = ((semconv.QUEUE_ROLE, client.role),)
+                yield Figure(metric_names.QUEUE_USAGE, client.ring.used, role)
+                yield Figure(metric_names.QUEUE_LIMIT, client.ring.capacity, role)
+        yield Figure(metric_names.RECORDS_LOST, self._assembler.orphans, ((semconv.LOSS_PLACE, "exporter"),))
+        yield Figure(metric_names.EXPORTER_FAILURES, self._guard.failures.total())
 
     def stop(self, *_: object) -> None:
         """Signal handler: leave the loop at the next turn."""
@@ -237,9 +264,11 @@ class ExporterProcess:
             ring.release()
 
     def _emit(self, record: Record, payload: memoryview) -> None:
+        said = LOG_SPAN.set(_log_span(record))
         for exporter in self._exporters:
             with self._guard(type(exporter).__name__):
                 exporter.export(record, payload)
+        LOG_SPAN.reset(said)
 
     def _answer_flushes(self) -> None:
         if not any(client.flushes for client in self._clients.values()):
@@ -279,6 +308,13 @@ class ExporterProcess:
         _remove(self._path, engines=not self._clients)
 
 
+def _log_span(record: Record) -> LogSpan | None:
+    """Where log lines about this record belong."""
+    if not isinstance(record, StepRecord | ArrayRecord | GenerationStart | GenerationEnd | RequestSpan):
+        return None
+    return LogSpan(record.trace_id, record.span_id, getattr(record, "sampled", True))
+
+
 def _listen(path: Path) -> socket.socket:
     """A socket that only this user can reach; a dead predecessor's file is replaced."""
     path.unlink(missing_ok=True)
@@ -307,6 +343,8 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s [tensorspan] %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Seldom("opentelemetry", REPEAT_SECONDS))
     settings, path = config.load(), Path(sys.argv[1])
     listener = _listen(path)
     preload_exporters(exporter_names())

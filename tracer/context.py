@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -146,6 +146,10 @@ class Inbound:
     messages: tuple[tuple[str, str], ...] = ()
     """(role, text) of each message; content, so only filled for a capture."""
     source: Literal["http", "offline"] = "http"
+    owner: str = ""
+    """Name of the key with which the capture was granted."""
+    on_end: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
+    """Told of the prompt and output tokens of each generation that has ended."""
     issued: list[tuple[str, str]] = field(default_factory=list, repr=False, compare=False)
     """Trace ID and span ID of each generation that the engine was given, in that order."""
     _first: str = field(default_factory=new_span_id, repr=False)
@@ -178,7 +182,7 @@ class Inbound:
 
 
 ACTIVE: Final[ContextVar[Inbound | None]] = ContextVar("tensorspan_active", default=None)
-"""The request that the current task serves; None if it is neither sampled nor captured."""
+"""The request that the current task serves, sampled or not; None outside our middleware."""
 in_http_request: Final[ContextVar[bool]] = ContextVar("tensorspan_in_http_request", default=False)
 """True while an HTTP request is served: then a request's own `TEXT_KEY` has been judged and must not count again."""
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from tracer import config, wire
+from tracer import config, log_relay, wire
 from tracer.config import Settings
 from tracer.errors import CaptureUnavailableError, SettingsError
 from tracer.records import EngineInfo, FlushRecord, Record
@@ -198,6 +198,7 @@ def process_channel(settings: Settings, role: str = "api", capacity_mb: int = 16
         channel = _CHANNELS[key] = Channel(ready, role, capacity_mb * 1_000_000)
         atexit.register(channel.close)
         channel.connect()
+        log_relay.attach(channel.send)
     return _CHANNELS[key]
 
 

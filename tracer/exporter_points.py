@@ -21,8 +21,10 @@ GROUP: Final = "tensorspan.exporters"
 
 
 def exporter_names() -> tuple[str, ...]:
-    """Entry points in use: arrays to Zarr, and spans unless the standard variables ask for none."""
-    return ("zarr",) if config.spans_disabled() else ("zarr", "otel")
+    """Entry points in use: arrays to Zarr, spans and metrics unless `OTEL_*` asks for none, logs if it does."""
+    wanted = {"otel": not config.spans_disabled(), "metrics": config.metrics_counted()}
+    wanted["logs"] = config.signal_protocol("LOGS") is not None
+    return ("zarr", *(name for name, use in wanted.items() if use))
 
 
 def preload_exporters(names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from tracer import config
+from tracer.authorise import Gate
 from tracer.config import PREFIX, Settings
 from tracer.errors import MissingExtraError, SettingsError
 from tracer.offline import ready_store
@@ -54,8 +55,7 @@ def serve_settings(options: Mapping[str, str | None], environ: Mapping[str, str]
     file = given.pop("file", None)
     known = dict(environ) if file is None else {**environ, f"{PREFIX}FILE": file}
     settings = config.load(given, known)
-    if settings.capture == "key" and not settings.capture_key:
-        raise SettingsError("--capture key needs a secret; set TENSORSPAN_CAPTURE_KEY (or --capture-key)")
+    Gate.of(settings)  # What it refuses, the server would refuse after a minute.
     # All that the file said is in `settings`: read again by a child, it would win over options back at a default.
     return replace(settings, enabled=True, socket="", file="")
 

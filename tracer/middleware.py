@@ -8,15 +8,16 @@ all that changes.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
-from tracer import config
+from tracer import config, metrics_page
 from tracer._guard import Guard
-from tracer.authorise import CaptureDeniedError, authorise, header_lines
+from tracer.authorise import KEY_HEADER, Gate
+from tracer.budgets import captured_bytes
+from tracer.clients import header_lines
 from tracer.config import Settings
 from tracer.context import (
     ACTIVE,
@@ -31,7 +32,10 @@ from tracer.context import (
     parse_traceparent,
     wall_clock_ns,
 )
-from tracer.errors import CaptureRequestError, CaptureUnavailableError, MissingExtraError, SettingsError
+from tracer.keys import Key
+from tracer.log_context import LOG_SPAN, LogSpan
+from tracer.metrics_page import MetricsPage
+from tracer.problems import REFUSALS, Problem, problem_of
 from tracer.records import CaptureSpec, EngineInfo, Record, RequestSpan
 from tracer.request_body import RequestBody
 
@@ -57,7 +61,7 @@ MAX_BODY: Final = 64_000_000
 MAX_REFS: Final = 64
 """References named in one response header; clients refuse header lines of more than 64 kB."""
 MAX_BAGGAGE: Final = 8192
-OURS: Final = (b"trace-capture", b"trace-capture-key")
+OURS: Final = (b"trace-capture", KEY_HEADER)
 GUARD: Final = Guard()
 
 
@@ -78,17 +82,18 @@ class TracingMiddleware:
         channel: Outlet | None = None,
         engines: Callable[[], Sequence[EngineInfo]] | None = None,
     ) -> None:
-        """Raises SettingsError if captures need a key and none is set."""
+        """Raises SettingsError if captures need a key and there is none, or a setting cannot be used."""
         self.app = app
         self.settings = config.load() if settings is None else settings
-        if self.settings.active and self.settings.capture == "key" and not self.settings.capture_key:
-            raise SettingsError("TENSORSPAN_CAPTURE=key needs a secret; set TENSORSPAN_CAPTURE_KEY")
+        self.gate = Gate.of(self.settings if self.settings.active else Settings())
         if self.settings.active and (channel is None or engines is None):
             # Servers build middleware before they serve: the exporter process may be waited for here.
             with GUARD("connecting the middleware"):
                 channel, engines = _process_defaults(self.settings, channel, engines)
         self.channel = channel
         self.engines = engines or tuple
+        # Only the channel knows the socket where no process before this one has chosen it.
+        self.page = MetricsPage(app, getattr(channel, "settings", self.settings).socket)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -101,6 +106,8 @@ class TracingMiddleware:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if scope["type"] == "http" and scope["method"] == "POST" and path in ROUTES:
                 await _Exchange(self, scope, path, receive, send).run()
+            elif scope["type"] == "http" and scope["method"] == "GET" and path in metrics_page.PATHS:
+                await self.page(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
@@ -126,6 +133,10 @@ class _Exchange:
         self.capture_status = "off"
         self.requested = ""
         self.source = ""
+        self.key: Key | None = None
+        """With which the capture was granted."""
+        self.refusal = ""
+        """Why it was not."""
         self.status_code = 0
         """0 until a response has begun."""
         self.disconnected = False
@@ -135,7 +146,7 @@ class _Exchange:
 
     async def run(self) -> None:
         """Judge the request, pass it on or refuse it, and report the SERVER span exactly once."""
-        token = ACTIVE.set(None)
+        token, said = ACTIVE.set(None), LOG_SPAN.set(LogSpan(self.span.trace_id, self.span.span_id, self.span.sampled))
         try:
             await self._serve()
         except asyncio.CancelledError:
@@ -147,11 +158,12 @@ class _Exchange:
             raise
         finally:
             ACTIVE.reset(token)
+            LOG_SPAN.reset(said)
         self.report("" if self.ended else "response incomplete")
 
     async def _serve(self) -> None:
         body = await self._read_body()
-        problem: dict[str, Any] | None = None
+        problem: Problem | None = None
         with GUARD("judging a request"):
             problem = self._judge(body)
         if problem is not None:
@@ -176,25 +188,21 @@ class _Exchange:
                 return b"".join(parts)
         return None
 
-    def _judge(self, body: bytes | None) -> dict[str, Any] | None:
+    def _judge(self, body: bytes | None) -> Problem | None:
         """Decide what is captured and set `inbound`; the problem to answer with if the request asks for too much."""
         request = RequestBody(body)
         try:
             capture = self._requested_capture(request)
             if capture is not None:
-                authorise(self.owner.settings, self.scope)
+                self.key = self.owner.gate.authorise(self.scope)
                 check_capture(capture, self.owner.engines())
                 request.check()
-        except CaptureRequestError as error:
-            return _problem(400, "malformed", error)
-        except CaptureDeniedError as error:
-            self.capture_status = "denied"
-            return _problem(403, "denied", error)
-        except (CaptureUnavailableError, MissingExtraError) as error:
-            self.capture_status = "unavailable"
-            return _problem(501, "unavailable", error)
-        if capture is not None or self.span.sampled:
-            self._admit(capture, request)
+                self.owner.gate.admit(self.key)
+        except REFUSALS as error:
+            problem = problem_of(error)
+            self.capture_status, self.refusal = problem.capture, problem.detail
+            return problem
+        self._admit(capture, request)
         return None
 
     def _requested_capture(self, request: RequestBody) -> CaptureSpec | None:
@@ -218,16 +226,25 @@ class _Exchange:
             capture=capture,
             operation=ROUTES[self.route],
             messages=request.messages() if captured else (),
+            owner=self.key.name if self.key is not None else "",
+            on_end=self._payer(capture) if capture is not None else None,
         )
         if captured:
             self.capture_status = "recording"
             self.refs = self.inbound.refs(min(request.generations(), MAX_REFS))
 
-    async def _refuse(self, problem: dict[str, Any]) -> None:
-        data = json.dumps(problem).encode()
-        headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(data))]
-        await self.send({"type": "http.response.start", "status": problem["status"], "headers": headers})
-        await self.send({"type": "http.response.body", "body": data})
+    def _payer(self, capture: CaptureSpec) -> Callable[[int, int], None]:
+        """Charges a generation of so many prompt and output tokens, once it has ended."""
+        gate, key, engines = self.owner.gate, self.key, self.owner.engines
+
+        def pay(prompt: int, output: int) -> None:
+            gate.budgets.pay(key, max((captured_bytes(capture, each, prompt, output) for each in engines()), default=0))
+
+        return pay
+
+    async def _refuse(self, problem: Problem) -> None:
+        await self.send({"type": "http.response.start", "status": problem.status, "headers": problem.headers})
+        await self.send({"type": "http.response.body", "body": problem.body})
 
     def _inner_scope(self) -> MutableMapping[str, Any]:
         """The scope without our headers; a traced request's children belong under our span."""
@@ -277,7 +294,7 @@ class _Exchange:
         if self.reported:
             return
         self.reported = True
-        if not self.span.sampled or self.owner.channel is None:
+        if self.owner.channel is None:
             return
         with GUARD("reporting a request"):
             self.owner.channel.send(self._request_span("client disconnected" if self.disconnected else error))
@@ -294,10 +311,13 @@ class _Exchange:
             status_code=self.status_code,
             error=error,
             attributes=self._attributes(),
+            sampled=self.span.sampled,
+            operation=ROUTES[self.route],
         )
 
     def _attributes(self) -> dict[str, int | float | str | bool]:
-        server, client = self.scope.get("server") or ("", None), self.scope.get("client") or ("", None)
+        server, peer = self.scope.get("server") or ("", None), self.scope.get("client") or ("", None)
+        client = self.owner.gate.client(self.scope).address
         found: dict[str, int | str | None] = {
             "http.request.method": self.scope["method"],
             "http.route": self.route,
@@ -305,11 +325,15 @@ class _Exchange:
             "url.path": self.scope["path"],
             "server.address": server[0],
             "server.port": server[1],
-            "client.address": client[0],
+            "client.address": client,
+            "network.peer.address": peer[0] if peer[0] != client else None,
             "user_agent.original": ", ".join(header_lines(self.headers, b"user-agent"))[:256],
             "tensorspan.capture.status": self.capture_status,
             "tensorspan.capture.requested": self.requested[:512],
             "tensorspan.capture.source": self.source,
+            "tensorspan.capture.policy": self.owner.settings.capture if self.requested else None,
+            "tensorspan.capture.key": self.key.name if self.key is not None else None,
+            "tensorspan.capture.refusal": self.refusal[:512],
         }
         return {name: value for name, value in found.items() if value}
 
@@ -339,12 +363,3 @@ def _baggage_member(text: str) -> str | None:
         if found and name.strip() == "trace-capture":
             return unquote(value.strip())
     return None
-
-
-def _problem(status: int, kind: str, error: Exception) -> dict[str, Any]:
-    """An RFC 9457 problem; `member`, `allowed` and `example` are there where the request itself is at fault."""
-    titles = {400: "Capture request not understood", 403: "Capture not allowed", 501: "Capture not available"}
-    out = {"type": f"urn:tensorspan:problem:{kind}", "title": titles[status], "status": status, "detail": str(error)}
-    if isinstance(error, CaptureRequestError):
-        out |= {"member": error.member, "allowed": error.allowed, "example": error.example}
-    return out

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tracer.log_records import LogLine
 from tracer.member_records import HiddenSpec, MembersInfo, RouterInfo, RouterSpec
+from tracer.metric_records import PlainGeneration
 
 __all__ = [
     "ArrayRecord",
@@ -24,10 +26,12 @@ __all__ = [
     "GenerationStart",
     "HiddenSpec",
     "LayerInfo",
+    "LogLine",
     "LogitsSpec",
     "LogitsSummary",
     "MembersInfo",
     "Phase",
+    "PlainGeneration",
     "QKSpec",
     "Record",
     "Region",
@@ -335,6 +339,8 @@ class GenerationStart:
     """Only for captured generations: a capture is content and was authorised as such."""
     prompt_token_bytes: tuple[bytes, ...] = ()
     regions: tuple[Region, ...] = ()
+    owner: str = ""
+    """Name of the key with which the capture was granted; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +374,9 @@ class RequestSpan:
     status_code: int
     error: str = ""
     attributes: dict[str, int | float | str | bool] = field(default_factory=dict)
+    sampled: bool = True
+    """False: no span is made of it, and the metrics count it all the same."""
+    operation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,4 +388,7 @@ class FlushRecord:
     """Generation span IDs that must have ended before the answer."""
 
 
-Record = EngineInfo | StepRecord | ArrayRecord | WorkerEnd | GenerationStart | GenerationEnd | RequestSpan | FlushRecord
+Record = (
+    EngineInfo | StepRecord | ArrayRecord | WorkerEnd | GenerationStart | GenerationEnd | RequestSpan | FlushRecord
+    | PlainGeneration | LogLine
+)  # fmt: skip

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "ARRAY_NAME",
     "ATTENTION_ENTROPY",
     "ATTENTION_PROMPT_MASS",
     "ATTENTION_SELF_WEIGHT",
@@ -27,6 +28,7 @@ __all__ = [
     "BATCH_REQUESTS",
     "BATCH_TOKENS",
     "CAPTURE_MISSING",
+    "CAPTURE_OUTCOME",
     "CAPTURE_REF",
     "CAPTURE_URI",
     "CHOSEN_ID",
@@ -40,22 +42,27 @@ __all__ = [
     "DROPPED_CAUSES",
     "DROPPED_RECORDS",
     "DROPPED_SPANS",
+    "DROP_CAUSE",
     "ERROR_TYPE",
     "ERROR_TYPE_CANCELLED",
     "ERROR_TYPE_OTHER",
+    "EXCEPTION_TYPE",
     "GENERATION_CHOICE",
     "GENERATION_PROMPT_TOKENS",
     "HOST_NAME",
     "HTTP_METHOD",
     "HTTP_ROUTE",
     "HTTP_STATUS_CODE",
+    "LOGGER_NAME",
     "LOGITS_ENTROPY",
     "LOGITS_MARGIN",
     "LOGITS_VARENTROPY",
+    "LOSS_PLACE",
     "OPERATION_NAME",
     "OWN_REQUEST_PREFIX",
     "PROVIDER",
     "PROVIDER_NAME",
+    "QUEUE_ROLE",
     "REQUEST_CHOICE_COUNT",
     "REQUEST_MAX_TOKENS",
     "REQUEST_MODEL",
@@ -75,6 +82,7 @@ __all__ = [
     "STEP_PHASE",
     "STEP_POSITION",
     "STEP_TOKENS",
+    "TOKEN_TYPE",
     "TOPK_IDS",
     "TOPK_LOGPROBS",
     "USAGE_CACHED_TOKENS",
@@ -190,6 +198,22 @@ ATTENTION_TOP_POSITION: Final = "tensorspan.attention.top.position"
 ATTENTION_TOP_WEIGHT: Final = "tensorspan.attention.top.weight"
 ATTENTION_TOP_LAYER: Final = "tensorspan.attention.top.layer"
 ATTENTION_TOP_HEAD: Final = "tensorspan.attention.top.head"
+
+# Metrics.
+TOKEN_TYPE: Final = "gen_ai.token.type"
+"""`input` or `output`."""
+ARRAY_NAME: Final = "tensorspan.array.name"
+CAPTURE_OUTCOME: Final = "tensorspan.capture.outcome"
+"""How a captured generation ended: `ok`, `aborted` or `error`."""
+DROP_CAUSE: Final = "tensorspan.drop.cause"
+LOSS_PLACE: Final = "tensorspan.loss.place"
+"""Where a record was lost: `worker` (the queue was full) or `exporter` (it belonged to no open generation)."""
+QUEUE_ROLE: Final = "tensorspan.queue.role"
+"""Who writes to a queue: `worker` or `api`."""
+
+# Logs.
+EXCEPTION_TYPE: Final = "exception.type"
+LOGGER_NAME: Final = "tensorspan.logger"
 
 # Resource: ours.
 VERSION: Final = "tensorspan.version"

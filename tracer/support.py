@@ -90,7 +90,9 @@ FEATURES: Final[tuple[Feature, ...]] = (
         (_SPECULATION,),
     ),
     Feature(
-        "speculative decoding, draft model", "yes", "likewise; the drafting model's own layers are not captured",
+        "speculative decoding, draft model", "yes",
+        "likewise; the drafting model's own layers are not captured. Of both kinds under tensor parallelism: vLLM's"
+        " ranks may draw different tokens for a sampled request, with or without us, and rows are what they computed",
         (_SPECULATION,),
     ),
     Feature(

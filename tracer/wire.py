@@ -14,6 +14,8 @@ from tracer.records import (
     FlushRecord,
     GenerationEnd,
     GenerationStart,
+    LogLine,
+    PlainGeneration,
     Record,
     RequestSpan,
     StepRecord,
@@ -36,6 +38,8 @@ KINDS: Final[dict[int, type]] = {
     6: GenerationEnd,
     7: RequestSpan,
     8: FlushRecord,
+    9: PlainGeneration,
+    10: LogLine,
 }
 NUMBERS: Final = {kind: number for number, kind in KINDS.items()}
 _ENCODER: Final = msgspec.msgpack.Encoder()

@@ -6,7 +6,7 @@ image="${JAEGER_IMAGE:-jaegertracing/jaeger:2.20.0}"
 
 ready() {
   echo "==> Jaeger: http://127.0.0.1:16686 (Ctrl-C ends it). Send spans with"
-  echo "    OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317 tensorspan serve MODEL"
+  echo "    OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=http://127.0.0.1:4317 tensorspan serve MODEL"
 }
 
 if command -v jaeger >/dev/null; then

@@ -132,6 +132,13 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     server.stop()
 
 
+def test_an_unsampled_request_has_no_span(collector: GrpcCollector) -> None:
+    exporter = OtelExporter(Settings())
+    send(exporter, [request(sampled=False)])
+    assert collector.spans(0) == []
+    assert exporter.shutdown(10)
+
+
 def test_tree_over_both_transports(either: GrpcCollector | HttpCollector) -> None:
     exporter = OtelExporter(Settings())
     send(exporter, whole(output_tokens=4))

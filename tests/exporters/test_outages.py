@@ -13,7 +13,7 @@ from exporters import otlp_sender
 from exporters.otlp_sender import AWAY as CAUSE_AWAY
 from exporters.otlp_sender import BATCH, FULL, SHUTDOWN, Sender
 from exporters.otlp_sender import REFUSED as CAUSE_REFUSED
-from exporters.otlp_transport import open_transport
+from exporters.span_transport import open_transport
 from tests.exporters.collectors import free_port
 from tests.exporters.faulty import AWAY, LATER, REFUSED, TOO_LARGE, Answer, FaultyGrpc, FaultyHttp, partly
 from tests.exporters.test_otlp_sender import bare

@@ -8,13 +8,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.oracle import Oracle
 from tests.integration.runs import rows_of, runner_of
 from tracer import Capture
 
 __all__ = ["DECODE", "LOGITS_TOLERANCE", "TOLERANCE", "WHOLE", "Inputs", "check"]
 
-TOLERANCE: Final = 1e-5
+TOLERANCE: Final = EAGER_TOLERANCE
 LOGITS_TOLERANCE: Final = 1e-4
 WHOLE: Final = "logits;dtype=f32, attention;rows=all;dtype=f32"
 DECODE: Final = "logits;dtype=f32, attention;dtype=f32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,29 @@ def server_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("server-captures")
 
 
+def logging_config(folder: Path, traced: Path) -> Path:
+    """vLLM's logging with a second handler, whose format asks for our filter's attributes."""
+    loggers = {"vllm": {"handlers": ["console", "traced"], "level": "INFO", "propagate": False}}
+    handlers = {
+        "console": {"class": "logging.StreamHandler"},
+        "traced": {
+            "class": "logging.FileHandler", "filename": str(traced), "delay": True,
+            "filters": ["trace"], "formatter": "trace",
+        },
+    }  # fmt: skip
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "filters": {"trace": {"()": "tracer.log_context.TraceContextFilter"}},
+        "formatters": {"trace": {"format": "%(otelTraceID)s %(otelSpanID)s %(message)s"}},
+        "handlers": handlers,
+        "loggers": loggers,
+    }
+    path = folder / "logging.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def server(
     demo: Path, receiver: Receiver, server_store: Path, tmp_path_factory: pytest.TempPathFactory
@@ -120,8 +144,14 @@ def server(
         OTEL_EXPORTER_OTLP_INSECURE="true",
         OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT="SPAN_ONLY",
     )
-    log = tmp_path_factory.mktemp("server") / "log"
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "log"
+    environment |= {
+        "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+        "VLLM_LOGGING_CONFIG_PATH": str(logging_config(folder, folder / "traced.log")),
+    }
     options = (
+        "--enable-log-requests",
         "--dtype",
         "float32",
         "--max-model-len",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
@@ -22,15 +21,18 @@ class Receiver(GrpcCollector):
         self._changed = threading.Condition()
         super().__init__()
 
-    def Export(self, request: Any, context: Any) -> Any:
-        answer = super().Export(request, context)
+    def _came(self) -> None:
         with self._changed:
             self._changed.notify_all()
-        return answer
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def await_true(self, what: Callable[[], bool]) -> None:
+        """Return when `what` holds; looked at whenever something has come."""
+        with self._changed:
+            assert self._changed.wait_for(what, PATIENCE_SECONDS)
 
     def trace(self, trace_id: str, ready: Callable[[list[Span]], bool] | None = None) -> list[Span]:
         """All spans of a trace once its SERVER span (the last to be sent) and whatever `ready` asks for have come."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.models import make_model
 from tests.integration.oracle import Oracle, oracle
 from tests.integration.runs import Answer, Ask, flush, make_tokenized, opened, prompt, rows_of, run, runner_of, watched
@@ -18,7 +19,7 @@ from tracer.records import GenerationStart
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-5
+TOLERANCE = EAGER_TOLERANCE
 LOGITS_TOLERANCE = 1e-4
 WHOLE = "logits;dtype=f32, attention;dtype=f32"
 SCHEMA = {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.families import HYBRIDS, REFUSED_LAYERS
 from tests.integration.models import FAMILIES, make_model
 from tests.integration.oracle import greedy
@@ -23,7 +24,7 @@ from tracer.worker.native import NativeError
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-5
+TOLERANCE = EAGER_TOLERANCE
 WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32, qk;rows=all"
 COMPILED = {"llama", "gemma2"}
 PROMPT = 70

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import urllib.request
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.comparing import DECODE, WHOLE, check
 from tests.integration.models import make_model
@@ -118,6 +120,13 @@ if __name__ == "__main__":
 """
 
 
+def _requests_on_the_page(server: Server) -> float:
+    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    name = "gen_ai_server_request_duration_seconds_count"
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+
 def test_two_api_servers_before_one_engine(models: Path, tmp_path: Path) -> None:
     path, captures, port = make_tokenized("llama", models), tmp_path / "captures", free_port()
     (tmp_path / "serve.py").write_text(SERVE)
@@ -147,6 +156,9 @@ def test_two_api_servers_before_one_engine(models: Path, tmp_path: Path) -> None
             seen.append((response["trace-capture-ref"], answer["choices"][0]["token_ids"]))
             lines = [line for line in server.log.read_text().splitlines() if "Received request" in line]
             answered = {line.split()[0] for line in lines if line.startswith("(ApiServer_")}
+        # Each scrape reaches one of the two, and both tell the numbers of all.
+        await_true(lambda: _requests_on_the_page(server) == len(seen))
+        assert {_requests_on_the_page(server) for _ in range(4)} == {len(seen)}
         status, _, problem = server.post("/v1/completions", {**body, "use_beam_search": True, "n": 2}, headers)
         assert (status, problem["member"]) == (400, "use_beam_search")
     finally:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.models import VOCAB, _common, make_model
 from tests.integration.runs import Ask, prompt, run, run_script
 from tracer import Capture, config, open_capture
@@ -23,7 +24,7 @@ from tracer.worker import points
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-5
+TOLERANCE = EAGER_TOLERANCE
 WHOLE = "prompt_logits;dtype=f32, hidden_states;rows=all, logits;dtype=f32"
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 32, "max_num_seqs": 8}
 SHARED = ("llama", "qwen3", "gemma2", "gpt_oss", "mistral", "opt", "bloom")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.models import make_model
 from tests.integration.runs import Ask, prompt, rows_of, run, run_script, spans_of
 from tracer import capture, find_captures, open_capture
@@ -17,7 +18,7 @@ from tracer.errors import SettingsError
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-5
+TOLERANCE = EAGER_TOLERANCE
 WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32, summary"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import transformers
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.models import FAMILIES, VOCAB, make_model
 from tests.integration.oracle import oracle
 from tests.integration.receiver import Receiver, attributes
@@ -23,7 +24,7 @@ from tracer import Capture, open_capture
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE: Final = 1e-5
+TOLERANCE: Final = EAGER_TOLERANCE
 TWO_CORES: Final = "0|1"
 STEPS: Final = 6
 WHOLE: Final = "logits;dtype=f32, attention;rows=all;dtype=f32, qk;rows=all"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.model import gemma_model
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.oracle import oracle
 from tracer import config, open_capture
 from tracer.export import engine_infos
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 WINDOW, PROMPT, FULL = 512, 640, (5, 11, 17)
 MAPPED = (4, 5)
 """A layer with a window and one without, whose whole prompt is looked at."""
-TOLERANCE = 1e-5
+TOLERANCE = EAGER_TOLERANCE
 TEXT = Path(__file__).parents[2] / "LICENSE"
 
 

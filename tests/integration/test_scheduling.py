@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.models import make_model
 from tests.integration.oracle import oracle
 from tests.integration.runs import Answer, Ask, prompt, rows_of, run, spans_of, watched
@@ -16,7 +17,7 @@ from tracer.records import StepRecord
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-5
+TOLERANCE = EAGER_TOLERANCE
 LOGITS_TOLERANCE = 1e-4
 DECODE = "logits;dtype=f32, attention;dtype=f32, qk"
 WHOLE = "logits;dtype=f32, attention;rows=all;dtype=f32, qk;rows=all"

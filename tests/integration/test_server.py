@@ -16,6 +16,7 @@ import openai
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from tests.cpus import EAGER_TOLERANCE
 from tests.integration.oracle import oracle
 from tests.integration.receiver import Receiver, attributes
 from tests.integration.server import Server
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.engine
 QUESTION = "The red key is in the kitchen and the blue key is in the garage. Where is the blue key?"
 MESSAGES = [{"role": "system", "content": "Answer in one short sentence."}, {"role": "user", "content": QUESTION}]
 STORY = "Once upon a time, in a small village by the sea,"
-TOLERANCE = 1e-5
+TOLERANCE = EAGER_TOLERANCE
 RESTART_SECONDS = 60.0
 
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
 
-from tracer import context
+from tracer import config, context
 from tracer._guard import Guard
 from tracer.capture_request import beam_search_refusal, embeddings_refusal
 from tracer.config import Settings
 from tracer.context import ACTIVE, EXTRA_ARGS_KEY, TEXT_KEY, Inbound
 from tracer.export import Channel, engine_infos, mark_hooked, process_channel
-from tracer.records import CaptureSpec, EngineInfo, GenerationEnd, GenerationStart, TraceRequest
+from tracer.records import CaptureSpec, EngineInfo, GenerationEnd, GenerationStart, PlainGeneration, TraceRequest
 from tracer.regions import find_regions
 from tracer.worker import compat
 from tracer.worker.tokens import TokenBytes, token_bytes
@@ -39,10 +39,13 @@ LOG: Final = logging.getLogger("vllm.tensorspan")
 class _Generation:
     """One open generation."""
 
-    request: TraceRequest
+    request: TraceRequest | PlainGeneration
+    """A PlainGeneration if it is only counted."""
     bytes_of: TokenBytes | None
     engine: int
     """`id` of the output processor that runs it: a process may hold several engines."""
+    prompt_tokens: int = 0
+    on_end: Callable[[int, int], None] | None = None
     output_ids: list[int] = field(default_factory=list)
     first_token_ns: int | None = None
     cached_tokens: int = 0
@@ -50,13 +53,14 @@ class _Generation:
 
 
 class Frontend:
-    """Sends GenerationStart and GenerationEnd for each traced sequence of this process."""
+    """Sends GenerationStart and GenerationEnd for each traced sequence of this process, PlainGeneration for others."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._counting = config.metrics_counted()
         self._guard = Guard()
         self._open: dict[str, _Generation] = {}
-        self._unsent: deque[GenerationEnd] = deque(maxlen=MAX_UNSENT)
+        self._unsent: deque[GenerationEnd | PlainGeneration] = deque(maxlen=MAX_UNSENT)
         self._tables: dict[int, TokenBytes] = {}
         self._engines: WeakKeyDictionary[Any, tuple[EngineInfo, ...]] = WeakKeyDictionary()
         """By output processor, that is, by engine: a script may start one after the other."""
@@ -82,7 +86,22 @@ class Frontend:
                 context.check_capture(inbound.capture, self._engine_infos(processor))
             with self._guard("announcing a generation"):
                 traced = self._announce(processor, request, choice, inbound)
+        if traced is None and self._counting:
+            with self._guard("counting a generation"):
+                self._open[request.request_id] = self._plain(processor, request, choice, inbound)
         _attach(request, traced)
+
+    def _plain(self, processor: Any, request: Any, choice: int, inbound: Inbound | None) -> _Generation:
+        """A generation without spans and capture, of which the metrics hear once, at its end."""
+        plain = PlainGeneration(
+            model=self._model(processor, request),
+            operation="text_completion" if inbound is None else inbound.operation,
+            start_ns=context.wall_clock_ns(),
+            parent_span_id=None if inbound is None else inbound.parent_span_id,
+            choice=choice,
+            prompt_tokens=_prompt_tokens(request),
+        )
+        return _Generation(plain, None, id(processor))
 
     def _origin(self, extra: dict[str, Any], *, served: bool) -> tuple[Inbound | None, str]:
         """Who asked: the middleware, a `capture(...)` block, or the text of an offline request.
@@ -100,11 +119,13 @@ class Frontend:
         trace_id, span_id = inbound.issue()
         traced = TraceRequest(trace_id, span_id, inbound.sampled, inbound.capture)
         table = token_bytes(processor.tokenizer, self._tables) if inbound.capture is not None else None
-        start = self._start(request, choice, inbound, traced, table, self._model(processor))
+        start = self._start(request, choice, inbound, traced, table, self._model(processor, request))
         if not self._channel().send(start):
             LOG.warning("tensorspan: the queue is full; generation %s is not traced", traced.span_id)
             return None
-        self._open[request.request_id] = _Generation(traced, table, id(processor))
+        self._open[request.request_id] = _Generation(
+            traced, table, id(processor), start.prompt_tokens, inbound.on_end if inbound.capture is not None else None
+        )
         return traced
 
     def _start(
@@ -120,16 +141,17 @@ class Frontend:
             sampled=inbound.sampled,
             start_ns=context.wall_clock_ns(),
             request_id=request.request_id,
-            model=request.lora_request.lora_name if request.lora_request is not None else model,
+            model=model,
             operation=inbound.operation,
             choice=choice,
-            prompt_tokens=len(request.prompt_embeds if request.prompt_token_ids is None else ids),
+            prompt_tokens=_prompt_tokens(request),
             max_tokens=request.sampling_params.max_tokens,
             params=_parameters(request.sampling_params),
             capture=inbound.capture,
             prompt_token_ids=ids if captured else (),
             prompt_token_bytes=texts,
             regions=find_regions(inbound.messages, table(ids)) if table is not None else (),
+            owner=inbound.owner,
         )
 
     def outputs(self, processor: Any, outputs: Sequence[Any]) -> None:
@@ -163,12 +185,28 @@ class Frontend:
 
     def _end(self, request_id: str, status: Literal["ok", "aborted", "error"], reason: str, error: str = "") -> None:
         generation = self._open.pop(request_id)
+        if isinstance(generation.request, PlainGeneration):
+            self._unsent.append(_counted(generation.request, generation, status, error))
+        else:
+            self._unsent.append(self._traced_end(generation.request, generation, status, reason, error))
+        self._send_ends()
+        if generation.on_end is not None:
+            generation.on_end(generation.prompt_tokens, len(generation.output_ids))
+
+    def _traced_end(
+        self,
+        request: TraceRequest,
+        generation: _Generation,
+        status: Literal["ok", "aborted", "error"],
+        reason: str,
+        error: str,
+    ) -> GenerationEnd:
         ids = tuple(generation.output_ids)
-        captured = generation.request.capture is not None
+        captured = request.capture is not None
         texts = generation.bytes_of(ids) if generation.bytes_of is not None and self._settings.capture_text else ()
-        end = GenerationEnd(
-            trace_id=generation.request.trace_id,
-            span_id=generation.request.span_id,
+        return GenerationEnd(
+            trace_id=request.trace_id,
+            span_id=request.span_id,
             end_ns=context.wall_clock_ns(),
             status=status,
             finish_reason=reason,
@@ -179,8 +217,6 @@ class Frontend:
             output_token_ids=ids if captured else (),
             output_token_bytes=texts,
         )
-        self._unsent.append(end)
-        self._send_ends()
 
     def _send_ends(self) -> None:
         """A refused end is kept: without it the generation would stay open in the exporter."""
@@ -189,7 +225,7 @@ class Frontend:
 
     @property
     def idle(self) -> bool:
-        """True if no generation of this process is traced: the hooks then do nothing more."""
+        """True if no generation of this process is followed: the hooks then do nothing more."""
         return not self._open and not self._unsent
 
     def _channel(self) -> Channel:
@@ -200,9 +236,28 @@ class Frontend:
         self._engines[processor] = infos
         return infos
 
-    def _model(self, processor: Any) -> str:
+    def _model(self, processor: Any, request: Any) -> str:
+        if request.lora_request is not None:
+            return str(request.lora_request.lora_name)
         infos = self._engine_infos(processor)
         return infos[0].model if infos else ""
+
+
+def _prompt_tokens(request: Any) -> int:
+    return len(request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids)
+
+
+def _counted(
+    plain: PlainGeneration, generation: _Generation, status: Literal["ok", "aborted", "error"], error: str
+) -> PlainGeneration:
+    return replace(
+        plain,
+        end_ns=context.wall_clock_ns(),
+        status=status,
+        error=error,
+        output_tokens=len(generation.output_ids),
+        first_token_ns=generation.first_token_ns,
+    )
 
 
 def _parameters(params: Any) -> dict[str, int | float | str | bool | list[str]]:
