@@ -29,9 +29,11 @@ LOG: Final = logging.getLogger("tensorspan.otel")
 CAPACITY: Final = 32768
 """Waiting spans: sixteen generations of 2,000 steps, 55 MB of memory (1.7 KB each, measured)."""
 CAPACITY_BYTES: Final = 64_000_000
-"""Their weight; a step's span weighs 1 to 2 KB, so that CAPACITY is what counts unless spans carry content."""
+"""Their weight; a step's span weighs 1 to 2 KB, so that CAPACITY is what counts unless spans carry messages."""
 RESERVE: Final = 2048
 """Room beyond CAPACITY for generation and request spans: a tree without its trunk cannot be read."""
+RESERVE_BYTES: Final = 16_000_000
+"""The same in bytes."""
 BATCH: Final = 512
 """Spans per message: 0.6 MB as a rule ..."""
 BATCH_BYTES: Final = 2_000_000
@@ -102,10 +104,12 @@ class Sender:
 
     def offer(self, span: ReadableSpan, *, reserve: bool = False) -> bool:
         """Queue one span without waiting; False if there was no room. `reserve` gives access to RESERVE."""
-        item = _Waiting(span, _weight(span), time.monotonic())
+        item = _Waiting(span, _weight(span, exact=reserve), time.monotonic())
         with self._changed:
-            room = self._capacity + (RESERVE if reserve else 0)
-            if len(self._queue) >= room or (self._weight > CAPACITY_BYTES and not reserve):
+            room, room_bytes = self._capacity, CAPACITY_BYTES
+            if reserve:
+                room, room_bytes = room + RESERVE, room_bytes + RESERVE_BYTES
+            if len(self._queue) >= room or self._weight + item.weight > room_bytes:
                 self._lose(1, FULL, "the collector is slow or gone")
                 return False
             if self._close_by is not None:
@@ -257,13 +261,17 @@ class Sender:
         )
 
 
-def _weight(span: ReadableSpan) -> int:
-    """About what the span weighs in a message, bytes: 300 of its own, 40 for each attribute, and what is variable."""
+def _weight(span: ReadableSpan, *, exact: bool) -> int:
+    """About what the span weighs in a message, bytes: 300 of its own, 45 for each attribute; `exact`: and long values.
+
+    Steps are kept below 4 KB and are many: looking at every value of them would double what queueing costs.
+    """
     attributes = span.attributes or {}
-    variable = 0
-    for value in attributes.values():
-        if isinstance(value, str):
-            variable += len(value)
-        elif isinstance(value, tuple | list):
-            variable += sum(len(one) + 4 if isinstance(one, str) else 12 for one in value)
-    return 300 + 40 * len(attributes) + variable
+    base = 300 + 45 * len(attributes)
+    return base + sum(map(_length, attributes.values())) if exact else base
+
+
+def _length(value: object) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_length, value)) + 8 * len(value) if isinstance(value, tuple | list) else 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan
 
 from exporters import otlp_sender
 from exporters.otlp_sender import AWAY as CAUSE_AWAY
@@ -212,6 +213,9 @@ def test_heavy_spans_make_smaller_messages_and_a_full_queue(collect: Start, monk
     assert accepted < 100
     assert losses.causes == {FULL: 100 - accepted}
     assert sender.offer(bare("trunk"), reserve=True)
+    huge = ReadableSpan("huge", attributes={"text": "x" * (otlp_sender.RESERVE_BYTES + 1)})
+    assert not sender.offer(huge, reserve=True), "a span with more text than there is room for"
+    losses.causes[FULL] -= 1
     collector.gate.set()
     settled(sender)
     assert len(collector.names()) == accepted + 1
