@@ -51,16 +51,14 @@ def raise_loopback() -> None:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
 
 
-async def carry_in(folder: Path, ports: Iterable[int]) -> None:
-    """Inside: `folder/PORT` leads to 127.0.0.1:PORT."""
-    for port in ports:
-        await asyncio.start_unix_server(_carrier(_to_port(port)), folder / str(port))
+async def carry_in(folder: Path, ports: Iterable[int]) -> list[asyncio.Server]:
+    """Inside: `folder/PORT` leads to 127.0.0.1:PORT, until the servers are closed."""
+    return [await asyncio.start_unix_server(_carrier(_to_port(port)), folder / str(port)) for port in ports]
 
 
-async def carry_out(folder: Path, ports: Iterable[int]) -> None:
-    """Outside: 127.0.0.1:PORT leads to `folder/PORT`. Raises OSError if a port is taken."""
-    for port in ports:
-        await asyncio.start_server(_carrier(_to_socket(folder / str(port))), "127.0.0.1", port)
+async def carry_out(folder: Path, ports: Iterable[int]) -> list[asyncio.Server]:
+    """Outside: 127.0.0.1:PORT leads to `folder/PORT`, until they are closed. Raises OSError if a port is taken."""
+    return [await asyncio.start_server(_carrier(_to_socket(folder / str(port))), "127.0.0.1", port) for port in ports]
 
 
 def _to_port(port: int) -> Callable[[], Awaitable[Streams]]:

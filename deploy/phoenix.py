@@ -118,11 +118,13 @@ async def _outside(folder: Path, ports: tuple[int, int], child: subprocess.Popen
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
-    await isolated.carry_out(folder, ports)
+    servers = await isolated.carry_out(folder, ports)
     waiting = asyncio.create_task(asyncio.to_thread(child.wait))
     asking = asyncio.create_task(_say_when_up(ports))
     await asyncio.wait({waiting, asyncio.create_task(stopped.wait())}, return_when=asyncio.FIRST_COMPLETED)
     asking.cancel()
+    for server in servers:
+        server.close()
     if stopped.is_set():
         assert child.stdin is not None
         child.stdin.close()
