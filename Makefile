@@ -10,7 +10,7 @@ OLDEST := tests/worker $(addprefix --ignore=tests/worker/test_,attention.py gpu.
 # Two processes where there are two cores; ARGS=-n0 is one, as a debugger needs it.
 PYTEST := -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: help demo test oldest bench lint types model venv clean
+.PHONY: help demo test oldest phoenix jaeger bench lint types model venv clean
 
 ENGINE ?= auto
 ARGS ?=
@@ -32,11 +32,18 @@ demo: venv ## serve a small model, trace and capture a chat, print what was reco
 
 test: lint types ## everything CI runs: lint, types, architecture, all tests with a real engine
 	@$(BIN)/python deploy/model.py gemma-3-270m
+	@$(BIN)/python -m deploy.phoenix --install
 	@$(BIN)/python $(PYTEST) $(ARGS)
 
 oldest: ## the tests of what touches vLLM, on the oldest version that is supported
 	@$(MAKE) --no-print-directory venv OLDEST_VENV=--oldest
 	@.venv/oldest/bin/python $(PYTEST) $(OLDEST) -k "not equal_eager or llama or gemma2" $(ARGS)
+
+phoenix: venv ## Arize Phoenix, a trace backend with a UI, on 127.0.0.1 (ARGS="--port 6006 --grpc-port 4317")
+	@$(BIN)/python -m deploy.phoenix $(ARGS)
+
+jaeger: ## Jaeger with our view of spans, on 127.0.0.1 (needs Docker)
+	@deploy/jaeger/start.sh $(ARGS)
 
 bench: venv ## tensorspan beside plain vLLM: tables, bench.json, bench.svg (ARGS=--quick: about 8 minutes)
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)

@@ -205,7 +205,7 @@ def check_disk(engine: str) -> None:
 
 def create_venv(venv: Path = VENV, *options: str) -> None:
     """An empty environment."""
-    if VENV.is_symlink():  # `--clear` would empty what it points to.
+    if VENV.is_symlink() and venv.is_relative_to(VENV):  # `--clear` would empty what it points to.
         raise SetupError(f"{VENV} is a link to {VENV.resolve()}, which belongs to another checkout; remove the link")
     command = [sys.executable, "-m", "venv", "--clear", *options, str(venv)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -277,7 +277,7 @@ def pip(*arguments: str, what: str, total: int = 0, into: Path = VENV) -> None:
     with LOG.open("ab") as log:
         process = subprocess.Popen([*command, "--progress-bar", "off"], stdout=log, stderr=subprocess.STDOUT)
         try:
-            watch(process, begin, total)
+            watch(process, begin, total, into)
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -287,7 +287,7 @@ def pip(*arguments: str, what: str, total: int = 0, into: Path = VENV) -> None:
         raise PipError(explain(text, what), text)
 
 
-def watch(process: subprocess.Popen[bytes], begin: int, total: int) -> None:
+def watch(process: subprocess.Popen[bytes], begin: int, total: int, into: Path) -> None:
     """Wait for pip, with a line of progress: on a terminal it changes in place, elsewhere it comes now and then."""
     terminal = sys.stdout.isatty()
     started = last = time.monotonic()
@@ -297,7 +297,7 @@ def watch(process: subprocess.Popen[bytes], begin: int, total: int) -> None:
             break
         except subprocess.TimeoutExpired:
             pass
-        line = f"    {time.monotonic() - started:4.0f} s  {progress(log_since(begin), total)}"
+        line = f"    {time.monotonic() - started:4.0f} s  {progress(log_since(begin), total, into)}"
         if terminal:
             print(f"\r{line:<78.78}", end="", flush=True)
         elif time.monotonic() - last >= HEARTBEAT_S:
@@ -307,11 +307,11 @@ def watch(process: subprocess.Popen[bytes], begin: int, total: int) -> None:
         print(f"\r{'':<78}\r", end="", flush=True)
 
 
-def progress(log: str, total: int) -> str:
+def progress(log: str, total: int, into: Path) -> str:
     """What pip is doing, from its log and, while it writes files, from the folder it fills."""
     of = f" of {total}" if total else ""
     if "Installing collected packages" in log:
-        folder = VENV / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        folder = into / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
         return f"installing: {sum(1 for _ in folder.glob('*.dist-info'))}{of} packages"
     seen = re.findall(r"^(?:Collecting|Requirement already satisfied:) ([^\s<>=~!;@]+)", log, re.MULTILINE)
     return f"fetching: {len(set(seen))}{of} packages, {seen[-1]}" if seen else "asking the index"

@@ -342,8 +342,8 @@ def _farewell(capture: Capture, url: str, process: subprocess.Popen[bytes]) -> N
 {command} show {step}
 {command} doctor                      what this machine can capture
 
-Spans in Jaeger:  docker run --rm -p 16686:16686 -p 4317:4317 jaegertracing/jaeger
-                  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 {command} serve MODEL
+Spans in a UI:    make phoenix, or make jaeger where there is Docker
+                  OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=http://127.0.0.1:4317 {command} serve MODEL
                   or upload {STORE}/spans/*.jsonl on Jaeger's search page""")
     if os.environ.get("KEEP"):
         print(f"\nThe server stays at {url}/v1 (model {NAME}). Stop it with: kill {process.pid}")

@@ -8,7 +8,7 @@ each). What `ReadableSpan` skips is done here: sampling, limits, and times of ch
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from exporters.otel_resource import resource, version
-from exporters.otlp_sender import Sender, open_transport
+from exporters.otlp_sender import CAUSES, Sender
 from exporters.span_attributes import (
     Style,
     Tally,
@@ -33,6 +33,7 @@ from exporters.span_attributes import (
     steps_attributes,
 )
 from exporters.span_ranks import StepRanks
+from exporters.span_transport import open_transport
 from exporters.step_sums import Plan, StepSum, TraceBudget
 from exporters.zarr_facts import limits_said
 from tracer import metric_names, semconv
@@ -94,7 +95,8 @@ class OtelExporter:
         self._enabled = settings.trace
         self._budget = TraceBudget(settings.steps)
         self._style = Style.of(settings)
-        self._sender = Sender(open_transport(settings))
+        self._lost: Counter[str] = Counter()
+        self._sender = Sender(open_transport(settings), on_loss=self._count_lost)
         scope = InstrumentationScope(semconv.SCOPE, version(), semconv.SCHEMA_URL)
         self._span = partial(ReadableSpan, resource=resource(), instrumentation_scope=scope)
         self._open: dict[str, _Generation] = {}
@@ -108,9 +110,13 @@ class OtelExporter:
         """Spans that will not arrive: the queue was full, or the collector did not take them."""
         return self._sender.dropped
 
+    def _count_lost(self, count: int, cause: str) -> None:
+        self._lost[cause] += count
+
     def figures(self) -> Iterable[Figure]:
         """Spans that will not arrive."""
-        yield Figure(metric_names.SPANS_LOST, self.dropped)
+        for cause in CAUSES:
+            yield Figure(metric_names.SPANS_LOST, self._lost[cause], ((semconv.DROP_CAUSE, cause),))
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; never waits."""

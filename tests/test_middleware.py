@@ -516,6 +516,51 @@ def test_a_trusted_proxy_says_who_the_client_is() -> None:
     assert (refused["client.address"], refused["network.peer.address"]) == ("203.0.113.9", "10.0.0.5")
 
 
+@pytest.mark.parametrize(("text", "every"), [("all", 1), ("every:16", 16), ("summary", 0)])
+def test_how_fine_the_step_spans_are(text: str, every: int) -> None:
+    server = Server()
+    assert server.post(headers={"Trace-Steps": text}).status_code == 200
+    assert server.inbound.step_spans == every
+    assert "trace-steps" not in server.headers[-1]
+    by_setting = Server(Settings(enabled=True, step_spans=text))
+    by_setting.post()
+    assert by_setting.inbound.step_spans == every
+    by_setting.post(headers={"Trace-Steps": "every:3"})
+    assert by_setting.inbound.step_spans == 3
+
+
+def test_steps_that_cannot_be_understood() -> None:
+    answer = Server().post(headers=[("Trace-Steps", "every:2"), ("Trace-Steps", "all")])  # type: ignore[arg-type]
+    assert (answer.status_code, answer.json()["member"]) == (400, "Trace-Steps")
+    assert "example: every:16" in answer.json()["detail"]
+
+
+def test_sampling_rules_know_path_tenant_and_model() -> None:
+    rules = "tenant=quiet 0; model=llama* 0; path=/v1/completions 0"
+    settings = Settings(enabled=True, sampling=rules, tenant_header="X-Tenant")
+    for headers, body, path, sampled in (
+        ({}, {"model": "demo"}, CHAT, True),
+        ({"X-Tenant": "quiet"}, {"model": "demo"}, CHAT, False),
+        ({"X-Tenant": "loud"}, {"model": "llama-3"}, CHAT, False),
+        ({}, {"model": 7}, CHAT, True),
+        ({}, {"model": "demo"}, "/v1/completions", False),
+        ({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}, {"model": "llama-3"}, CHAT, True),
+    ):
+        server = Server(settings)
+        answer = server.post(path, headers, json=body)
+        assert answer.headers["traceresponse"].endswith("-01" if sampled else "-00"), (headers, body, path)
+        assert server.inbound.sampled is sampled
+
+
+def test_the_conversation_comes_from_the_body_or_from_baggage() -> None:
+    server = Server()
+    server.post("/v1/responses", json={"conversation": {"id": "conv_1"}})
+    server.post("/v1/responses", json={"conversation": "conv_2"})
+    server.post(headers={"baggage": "a=b,gen_ai.conversation.id=talk%207"})
+    server.post(headers={"baggage": ",".join(f"k{n}=v" for n in range(5000)) + ",gen_ai.conversation.id=x"})
+    assert [inbound.conversation_id for inbound in server.active if inbound] == ["conv_1", "conv_2", "talk 7", ""]
+
+
 def test_a_key_policy_without_a_key_does_not_start() -> None:
     with pytest.raises(SettingsError, match="TENSORSPAN_CAPTURE_KEY"):
         TracingMiddleware(ok, Settings(enabled=True, capture="key"), Outlet(), lambda: ())

@@ -13,7 +13,7 @@ __all__ = ["Scheduling", "ordered", "process_count"]
 
 MOST: Final = 2
 """Each may hold an engine, an oracle and a server: 8 GB at most."""
-SESSION_SERVER: Final = ("test_concurrency.py", "test_server.py", "test_signals.py")
+SESSION_SERVER: Final = ("test_agent.py", "test_concurrency.py", "test_phoenix.py", "test_server.py", "test_signals.py")
 """Files whose tests share the session's server, and so a process; one that is not named here starts a second."""
 SINGLE: Final = ("test_families.py", "test_feature_models.py", "test_fp8.py")
 """Files in which every test makes its own engine: each may run anywhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import xarray as xr
 
@@ -20,6 +21,13 @@ class CaptureMembers(ABC):
 
     @abstractmethod
     def _layers(self, name: str, axis: str = "layer") -> AttentionLayers: ...
+
+    attrs: dict[str, Any]
+
+    @property
+    def traced(self) -> bool:
+        """True if spans were made of this generation; False: its trace was not sampled, and no trace leads here."""
+        return bool(self.attrs.get("traced", True))
 
     @property
     def prompt_logits(self) -> xr.DataArray:

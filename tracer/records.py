@@ -168,6 +168,7 @@ class EngineInfo:
     """Data parallel rank: which of its server's engines. Each serves generations of its own."""
     block_size: int = 0
     prefix_caching: bool = False
+    reasoning_parser: str = ""
     kernels: str = "torch"
     """What computes attention rows and statistics: `torch`, the C kernels (`native`) or Triton's (`triton`)."""
     logits_unsupported: str | None = None

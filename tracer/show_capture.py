@@ -205,6 +205,7 @@ def capture_facts(
     """Everything that `tensorspan show` prints, as plain data."""
     facts: dict[str, Any] = {
         "trace_id": capture.trace_id,
+        "traced": capture.traced,
         "span_id": capture.span_id,
         "location": capture.location,
         "model": capture.attrs["model"],
@@ -235,6 +236,7 @@ def capture_view(capture: Capture, facts: dict[str, Any]) -> RenderableType:
     """`facts` for people."""
     state = "complete" if capture.complete else f"incomplete ({facts['status']})"
     counts = f"{capture.prompt_tokens} prompt + {capture.num_steps} output tokens"
+    state += "" if capture.traced else ", no trace (not sampled)"
     parts: list[RenderableType] = [
         Text(f"{capture.trace_id}/{capture.span_id}  {facts['model']}  {counts}  {state}", style="bold"),
         *(_heading("prompt", capture.prompt_text or "(token texts were not stored)")),

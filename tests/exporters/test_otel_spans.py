@@ -305,8 +305,8 @@ def test_steps_past_the_budget_share_spans_of_16_64_and_256(collector: GrpcColle
 
 def test_the_budget_is_the_traces_and_not_the_generations(collector: GrpcCollector) -> None:
     other = {"span_id": "b" * 16}
-    first = [start(), *[step(i) for i in range(8)], end(8)]
-    second = [start(**other), *[step(i, 100 + i, **other) for i in range(8)], end(120, **other)]
+    first: list[Record] = [start(), *[step(i) for i in range(8)], end(8)]
+    second: list[Record] = [start(**other), *[step(i, 100 + i, **other) for i in range(8)], end(120, **other)]
     send(OtelExporter(Settings(steps=10)), [*first, *second])
     spans = collector.spans(2 + 10 + 1)
     told = [attributes(span) for span in named(spans, "chat SmolLM2")]
@@ -410,7 +410,7 @@ def test_standard_variables_name_the_service(collector: GrpcCollector, monkeypat
 
 def test_refused_steps_are_said_on_the_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = InMemorySpanExporter()
-    monkeypatch.setattr("exporters.otel_spans.Sender", lambda _: Sender(lambda: memory, capacity=1))
+    monkeypatch.setattr("exporters.otel_spans.Sender", lambda _, **_more: Sender(lambda: memory, capacity=1))
     exporter = OtelExporter(Settings())
     for record in whole(8):
         exporter.export(record, NOTHING)

@@ -22,7 +22,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanContext
 
-from exporters.otlp_sender import RESERVE, Sender, open_transport
+from exporters.otlp_sender import RESERVE, Sender
+from exporters.span_transport import open_transport
 from tracer.config import Settings, spool_directory
 from tracer.errors import SettingsError
 

@@ -9,7 +9,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.exporters.collectors import GrpcCollector, attributes, spans_of
 
-__all__ = ["Receiver", "attributes"]
+__all__ = ["Receiver", "attributes", "spans_of"]
 
 PATIENCE_SECONDS = 30
 

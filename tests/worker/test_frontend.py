@@ -6,12 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
+from tokenizers.models import WordLevel
 
 from tracer.config import Settings
 from tracer.context import ACTIVE, EXTRA_ARGS_KEY, Inbound
 from tracer.records import EngineInfo, GenerationEnd, GenerationStart, PlainGeneration, Record
-from tracer.worker import frontend
+from tracer.worker import compat, frontend
 from tracer.worker.frontend import Frontend
+from tracer.worker.reasoning import Thinking
 
 ENGINE = EngineInfo("demo", "0.32.0", "V1", "cpu", "float32", 100, 256)
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -121,3 +125,37 @@ def test_nothing_is_counted_where_opentelemetry_is_off(monkeypatch: pytest.Monke
     off = Run(monkeypatch)
     off.begin()
     assert off.frontend.idle
+
+
+def thinking_tokenizer() -> Any:
+    """A tokenizer of three words."""
+    words = {"word": 1, "<think>": 90, "</think>": 91}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(WordLevel(words, "word")))
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ([90, 1, 1, 1, 91, 1, 1], 3),
+        ([1, 1, 91, 1], 2),  # The template has opened it.
+        ([90, 1, 1], 2),
+    ],
+)
+def test_tokens_of_thinking(output: list[int], expected: int) -> None:
+    """By the real parser of vLLM."""
+    engine = SimpleNamespace(tokenizer=thinking_tokenizer())
+    assert Thinking().tokens(engine, "qwen3", output) == expected
+    assert Thinking().tokens(engine, "", output) is None
+    assert Thinking().tokens(SimpleNamespace(tokenizer=None), "qwen3", output) is None
+
+
+def test_a_parser_that_does_not_count_is_not_believed() -> None:
+    from vllm.reasoning import ReasoningParser, ReasoningParserManager
+
+    names = ReasoningParserManager.list_registered()
+    kinds = {name: ReasoningParserManager.get_reasoning_parser(name) for name in names}
+    silent = [
+        name for name, kind in kinds.items() if kind.count_reasoning_tokens is ReasoningParser.count_reasoning_tokens
+    ]
+    assert silent, "every parser counts: drop the rule"
+    assert compat.reasoning_counter(silent[0], thinking_tokenizer()) is None

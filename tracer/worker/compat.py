@@ -10,7 +10,7 @@ import importlib
 import inspect
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, get_args
 
 import vllm
@@ -34,6 +34,8 @@ __all__ = [
     "no_graph_mode",
     "output_processor_class",
     "qkv_linear_class",
+    "reasoning_counter",
+    "reasoning_parser",
     "sampling_params_class",
     "scheduler_classes",
     "version",
@@ -276,6 +278,21 @@ def moe_runners(config: Any) -> list[tuple[str, Any]]:
     modules = config.compilation_config.static_forward_context
     return [(name, modules[name]) for name in config.compilation_config.static_all_moe_layers
             if isinstance(modules[name], kind)]  # fmt: skip
+
+
+def reasoning_parser(config: Any) -> str:
+    """Name of the reasoning parser in a `VllmConfig`; empty without one."""
+    return str(getattr(config.structured_outputs_config, "reasoning_parser", "") or "")
+
+
+def reasoning_counter(name: str, tokenizer: Any) -> Callable[[Sequence[int]], int] | None:
+    """`count_reasoning_tokens` of that parser; None for one that does not count."""
+    module = importlib.import_module("vllm.reasoning")
+    kind = module.ReasoningParserManager.get_reasoning_parser(name)
+    if kind.count_reasoning_tokens is module.ReasoningParser.count_reasoning_tokens:
+        return None
+    count: Callable[[Sequence[int]], int] = kind(tokenizer).count_reasoning_tokens
+    return count
 
 
 def patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

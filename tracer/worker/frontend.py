@@ -26,6 +26,7 @@ from tracer.regions import find_regions
 from tracer.sampling import Sampler
 from tracer.step_spans import parse_step_spans
 from tracer.worker import compat
+from tracer.worker.reasoning import Thinking
 from tracer.worker.tokens import TokenBytes, token_bytes
 
 __all__ = ["Frontend", "install"]
@@ -48,6 +49,7 @@ class _Generation:
     """`id` of the output processor that runs it: a process may hold several engines."""
     prompt_tokens: int = 0
     on_end: Callable[[int, int], None] | None = None
+    thinking_tokens: int | None = None
     output_ids: list[int] = field(default_factory=list)
     first_token_ns: int | None = None
     cached_tokens: int = 0
@@ -65,6 +67,7 @@ class Frontend:
         self._guard = Guard()
         self._open: dict[str, _Generation] = {}
         self._unsent: deque[GenerationEnd | PlainGeneration] = deque(maxlen=MAX_UNSENT)
+        self._thinking = Thinking()
         self._tables: dict[int, TokenBytes] = {}
         self._engines: WeakKeyDictionary[Any, tuple[EngineInfo, ...]] = WeakKeyDictionary()
         """By output processor, that is, by engine: a script may start one after the other."""
@@ -135,8 +138,8 @@ class Frontend:
             LOG.warning("tensorspan: the queue is full; generation %s is not traced", traced.span_id)
             return None
         self._open[request.request_id] = _Generation(
-            traced, table, id(processor), start.prompt_tokens, inbound.on_end if inbound.capture is not None else None
-        )
+            traced, table, id(processor), start.prompt_tokens, inbound.on_end if inbound.capture is not None else None,
+        )  # fmt: skip
         return traced
 
     def _start(
@@ -184,6 +187,10 @@ class Frontend:
             generation.cached_tokens = output.prefill_stats.num_cached_tokens
         if output.request_id in processor.request_states:
             return
+        infos = self._engine_infos(processor) if isinstance(generation.request, TraceRequest) else ()
+        if infos:
+            parser, output_ids = infos[0].reasoning_parser, generation.output_ids
+            generation.thinking_tokens = self._thinking.tokens(processor, parser, output_ids)
         reason = "stop" if output.finish_reason is None else str(output.finish_reason)
         self._end(output.request_id, "error" if reason == "error" else "ok", reason)
 
@@ -227,6 +234,7 @@ class Frontend:
             cached_tokens=generation.cached_tokens,
             first_token_ns=generation.first_token_ns,
             error=error,
+            reasoning_tokens=generation.thinking_tokens,
             output_token_ids=ids if captured else (),
             output_token_bytes=texts,
         )

@@ -186,6 +186,7 @@ def _engine_info(worker: Any, layers: tuple[LayerInfo, ...], reason: str | None)
         replica=config.parallel_config.data_parallel_index,
         block_size=config.cache_config.block_size,
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
+        reasoning_parser=compat.reasoning_parser(config),
         logits_unsupported=reason,
         attention_unsupported=reason or (None if usable else refused),
         members=_members(worker) if reason is None else MembersInfo(reason, 0, 0, reason, (), reason),
