@@ -53,7 +53,7 @@ def test_a_good_installation(answered: dict[str, Any], tmp_path: Path) -> None:
     assert checks["vllm internals"].found.endswith("model runner V1")
     assert checks["store"].found == f"{tmp_path / 'new'} (will be made), writable"
     assert not (tmp_path / "new").exists()
-    assert checks["exporters"].found == "memory, otel, zarr"
+    assert checks["exporters"].found == "logs, memory, metrics, otel, zarr"
     assert checks["spans"].found.startswith(f"to {tmp_path / 'new'}/spans/")
     assert {name for name, check in checks.items() if check.state == "broken"} == set()
 
