@@ -123,3 +123,10 @@ def test_functions_are_short() -> None:
     assert {where: lines for where, lines in lengths if lines > FUNCTION_LINES} == {}
     ordered = sorted(lines for _, lines in lengths)
     assert ordered[int(0.95 * (len(ordered) - 1))] <= FUNCTION_LINES_P95
+
+
+def test_every_threat_is_held_by_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "threats.md").read_text(encoding="utf-8")))
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named - set(re.findall(r"def (test_\w+)\(", source)) == set()
+    assert len(named) > 20

@@ -121,7 +121,8 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "codec": "none", "content": "1", "taps": "router", "spool": str(tmp_path / "spool"), "spool-mb": "7",
         "keys-file": str(tmp_path / "keys"), "trusted-proxies": "10.0.0.0/8", "captures-per-minute": "2.5",
         "capture-mb-per-hour": "7.5", "read-key": "r", "sampling": "tenant=a 0.5",
-        "tenant-header": "X-Tenant", "step-spans": "every:4",
+        "tenant-header": "X-Tenant", "step-spans": "every:4", "view": "0",
+        "view-origins": "https://jaeger.example",
     }  # fmt: skip
     (tmp_path / "keys").touch(mode=0o600)
     options = [part for name, value in values.items() for part in (f"--{name}", value)]

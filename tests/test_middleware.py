@@ -8,7 +8,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -514,6 +514,18 @@ def test_a_trusted_proxy_says_who_the_client_is() -> None:
     granted, refused = (record.attributes for record in server.outlet.records if isinstance(record, RequestSpan))
     assert (granted["client.address"], granted["network.peer.address"]) == ("127.0.0.1", "10.0.0.5")
     assert (refused["client.address"], refused["network.peer.address"]) == ("203.0.113.9", "10.0.0.5")
+
+
+def test_captures_are_read_through_the_same_server(tmp_path: Path) -> None:
+    async def get(settings: Settings, host: str) -> httpx.Response:
+        transport = httpx.ASGITransport(Server(settings).app(), client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return await client.get("/tensorspan/captures")
+
+    here = Settings(enabled=True, store=str(tmp_path))
+    assert asyncio.run(get(here, "localhost")).json() == {"captures": []}
+    assert asyncio.run(get(here, "evil.example")).status_code == 401
+    assert asyncio.run(get(replace(here, view=False), "localhost")).status_code == 404
 
 
 @pytest.mark.parametrize(("text", "every"), [("all", 1), ("every:16", 16), ("summary", 0)])

@@ -1,4 +1,4 @@
-"""The command `tensorspan`: serve, list, tree, show, index, prune, recover, doctor.
+"""The command `tensorspan`: serve, list, tree, show, view, index, prune, recover, doctor.
 
 Exit codes: 0 done, 1 it could not be done, 2 the command line or a setting is wrong. Whatever was wrong is one line on
 stderr. Heavy modules are imported by the command that needs them.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tracer import __version__, config, launch
 from tracer.config import Settings
-from tracer.errors import CaptureNotFoundError, SettingsError, StoreError, TensorspanError
+from tracer.errors import CaptureNotFoundError, MissingExtraError, SettingsError, StoreError, TensorspanError
 
 if TYPE_CHECKING:
     from tracer.reader import Capture
@@ -84,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("id", metavar="ID", help=ID_HELP)
     for name, text in (("step", "one step's row"), ("layer", "one layer only"), ("head", "one head only")):
         show.add_argument(f"--{name}", type=_count, metavar="N", help=text)
+    view = add("view", _view, "serve a store's captures under /tensorspan/ over HTTP")
+    view.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
+    view.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    view.add_argument("--port", type=_count, default=7007, help="default: 7007")
     index = add("index", _index, "make the store's index of span IDs anew, from its captures alone")
     index.add_argument("store", nargs="?", metavar="STORE", help="default: TENSORSPAN_STORE or ./captures")
     pruning = add("prune", _prune, "remove captures that are too old or too much, oldest first; spans by their age")
@@ -115,6 +119,20 @@ def _serve(options: argparse.Namespace) -> int:
     names = {item.name for item in fields(Settings)}
     launch.exec_server(options.rest, {name: value for name, value in vars(options).items() if name in names})
     return 1  # Not reached: this process is vLLM's server now.
+
+
+def _view(options: argparse.Namespace) -> int:
+    given = {} if options.store is None else {"store": options.store}
+    settings = config.load(given)
+    try:
+        import uvicorn
+
+        from tracer.server.app import PREFIX, make_app
+    except ImportError as missing:
+        raise MissingExtraError("view", str(missing.name)) from missing
+    sys.stdout.write(f"captures of {settings.store} at http://{options.host}:{options.port}{PREFIX}/captures\n")
+    uvicorn.run(make_app(settings), host=options.host, port=options.port, log_level="warning", access_log=False)
+    return 0
 
 
 def _list(options: argparse.Namespace) -> int:

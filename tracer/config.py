@@ -76,6 +76,8 @@ class Settings:
     captures_per_minute: float = _setting(0.0, "captured requests per minute of an API process; 0: no limit")
     capture_mb_per_hour: float = _setting(0.0, "arrays captured per hour through an API process, MB; 0: no limit")
     read_key: str = _setting("", "secret that lets clients on other hosts read captures over HTTP")
+    view: bool = _setting(True, "serve captures under /tensorspan/ of vLLM's server (docs/access.md says to whom)")
+    view_origins: str = _setting("", "web origins whose pages may read captures (CORS), such as https://jaeger.example")
     capture_text: bool = _setting(True, "store token bytes in captures; 0 leaves only token IDs")
     trace: bool = _setting(True, "emit spans; a parent that is not sampled switches them off for its request")
     sampling: str = _setting("", "ratio of requests traced, by path, model and tenant (docs/sampling.md); empty: all")

@@ -74,6 +74,10 @@ class KeyRing:
                 found = key
         return found
 
+    def current(self, key: Key) -> Key | None:
+        """What that key may do now; None if it was taken away."""
+        return next((now for now in self._keys() if (now.name, now.digest) == (key.name, key.digest)), None)
+
     def has(self, right: str) -> bool:
         """True if any key has that right."""
         return any(right in key.may for key in self._keys())

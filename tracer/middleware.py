@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Final, Protocol
 
 from tracer import config, metrics_page
@@ -111,12 +112,21 @@ class TracingMiddleware:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if scope["type"] == "http" and scope["method"] == "POST" and path in ROUTES:
                 await _Exchange(self, scope, path, receive, send).run()
+            elif scope["type"] == "http" and self.settings.view and (path + "/").startswith("/tensorspan/"):
+                await self._view(scope, receive, send)
             elif scope["type"] == "http" and scope["method"] == "GET" and path in metrics_page.PATHS:
                 await self.page(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
             in_http_request.reset(token)
+
+    @cached_property
+    def _view(self) -> App:
+        """The pages under `/tensorspan/`, made when somebody asks for one."""
+        from tracer.server.app import make_app
+
+        return make_app(self.settings)
 
 
 class _Exchange:

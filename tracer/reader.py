@@ -60,6 +60,8 @@ class CaptureEntry:
     start_ns: int
     arrays: tuple[str, ...]
     """The big arrays, by name; empty before the writer has finished."""
+    owner: str = ""
+    """Name of the key with which it was captured."""
 
 
 def open_capture(store: str | os.PathLike[str], span_id: str | None = None) -> Capture:
@@ -113,6 +115,7 @@ def _entry(path: str, attributes: dict[str, Any], content: dict[str, Any]) -> Ca
         output_tokens=attributes.get("output_tokens"),
         start_ns=attributes["start_ns"],
         arrays=tuple(name for name, array in sorted(arrays.items()) if len(array["shape"]) > 1),
+        owner=str(attributes.get("owner", "")),
     )
 
 
