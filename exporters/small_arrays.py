@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +32,8 @@ class SmallArrays:
     ) -> None:
         self.metadata: dict[str, dict[str, Any]] = {}
         """`zarr.json` of each that has been written."""
+        self.checksums: dict[str, int] = {}
+        """CRC-32C of the values of each, as they were written."""
         self._directory = directory
         self._start = start
         self._engine = engine
@@ -75,6 +78,8 @@ class SmallArrays:
         with contextlib.suppress(FileExistsError):  # A writer that was killed had made it.
             make_directory(path)
         if len(values):
-            write_new(path / "c.0", values.tobytes())
+            data = values.tobytes()
+            write_new(path / "c.0", data)
+            self.checksums[name] = google_crc32c.value(data)
         self.metadata[name] = flat_metadata(dim, values.dtype.name, len(values), fill, attributes)
         write_json(path / METADATA, self.metadata[name])

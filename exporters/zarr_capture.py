@@ -179,6 +179,7 @@ class OpenCapture:
         layers = self._axes.layers if self._axes is not None else ()
         missing = self._ledger.missing(steps, self._prompt_seen(), end.cached_tokens, layers)
         self._attributes |= end_attributes(end, status, missing, self._ledger.dropped(steps))
+        self._attributes["checksums"] = self._small.checksums
         arrays = self.arrays()
         overflow = {name: rows.overflow for name, rows in self._rows.items()}
         self._attributes["stored"] = stored_facts(arrays, overflow, self._engine)

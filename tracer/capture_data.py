@@ -18,7 +18,7 @@ import zarr
 from numpy.typing import NDArray
 
 from tracer import config, remote, schema
-from tracer.capture_files import removed
+from tracer.capture_files import read, removed
 from tracer.capture_members import CaptureMembers
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token, join_text
 from tracer.errors import CaptureNotFoundError, FormatError
@@ -229,7 +229,7 @@ class Capture(CaptureMembers):
                 raise KeyError(f"{what} {index} is not in this capture's attention; it has {known.tolist()}")
         self._check_head(layer, head)
         at = (step, int(np.flatnonzero(indices == layer)[0]), int(np.flatnonzero(heads == head)[0]))
-        return self._known_row(np.asarray(array[(*at, slice(self.prompt_tokens + step))]), step)
+        return self._known_row(read(array, (*at, slice(self.prompt_tokens + step))), step)
 
     def _known_row(self, row: Array, step: int) -> Array:
         if not row.any():
@@ -326,7 +326,7 @@ class Capture(CaptureMembers):
         return array
 
     def _read_row(self, name: str, step: int) -> Array:
-        row = np.asarray(self._array(name)[step]).astype(np.float64)
+        row = read(self._array(name), step).astype(np.float64)
         if np.isnan(row).all():
             raise KeyError(f"{name} of step {step} was not stored; capture.missing: {self.missing}")
         return row
@@ -336,7 +336,7 @@ class Capture(CaptureMembers):
         if k > stored:
             raise KeyError(f"this capture holds the {stored} best logits of a step, not {k}")
         logits = self._read_row(schema.LOGITS_TOPK, step)[:k]
-        return logits, np.asarray(self._array(schema.LOGITS_TOPK_ID)[step])[:k]
+        return logits, read(self._array(schema.LOGITS_TOPK_ID), step)[:k]
 
     def _normaliser(self, step: int, logits: Array, ids: Array) -> float:
         """logsumexp of the whole row, from the sampled token's logit and logprob if it is among the best."""
@@ -353,7 +353,7 @@ class Capture(CaptureMembers):
             raise KeyError(f"step {step} is not in this capture; it has {self.num_steps} steps, from 0")
 
     def _check_head(self, layer: int, head: int) -> None:
-        heads = next((entry["num_heads"] for entry in self._engine_layers if entry["index"] == layer), head + 1)
+        heads = next((e.get("num_heads", 0) for e in self._engine_layers if e.get("index") == layer), head + 1)
         if head >= heads:
             raise KeyError(f"layer {layer} has {heads} heads; head {head} exists in other layers only")
 

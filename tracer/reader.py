@@ -124,7 +124,9 @@ def _open(path: str, step_index: int | None = None) -> Capture:
         if config.is_remote(path):
             group = remote.open_group(path)
         else:
-            group = zarr.open_group(CaptureFiles(path, read_only=True), mode="r", zarr_format=3)
+            files = CaptureFiles(path, read_only=True)
+            group = zarr.open_group(files, mode="r", zarr_format=3)
+            files.expect(group.attrs.get("checksums"))
     except FileNotFoundError as error:
         raise CaptureNotFoundError(f"no capture at {path}; `tensorspan list` shows the captures of a store") from error
     except (ValueError, KeyError, TypeError) as error:

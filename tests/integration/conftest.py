@@ -152,6 +152,9 @@ def server(
     }
     options = (
         "--enable-log-requests",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
         "--dtype",
         "float32",
         "--max-model-len",

@@ -81,11 +81,14 @@ def test_an_agent_with_tools_is_one_trace(
 ) -> None:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(instrumented))
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     token = attach(set_baggage("gen_ai.conversation.id", "talk-7"))
     try:
-        with provider.get_tracer("agent").start_as_current_span("invoke_agent") as root:
-            asked = run_agent(client, provider.get_tracer("agent"))
+        tracer = provider.get_tracer("agent")
+        with (
+            openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client,
+            tracer.start_as_current_span("invoke_agent") as root,
+        ):
+            asked = run_agent(client, tracer)
     finally:
         detach(token)
     assert len(asked) == 2
