@@ -29,6 +29,7 @@ TOOL: Any = {
     "function": {
         "name": "weather",
         "description": "The weather of a city.",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string", "enum": list(CITIES)}},
@@ -63,7 +64,7 @@ def run_agent(client: openai.OpenAI, tracer: trace.Tracer) -> list[str]:
     for turn in range(3):
         choice: Any = {"type": "function", "function": {"name": "weather"}} if turn < 2 else "none"
         answer = client.chat.completions.create(
-            model="demo", messages=messages, tools=[TOOL], tool_choice=choice, max_tokens=40, temperature=0
+            model="demo", messages=messages, tools=[TOOL], tool_choice=choice, max_tokens=100, temperature=0
         )
         message = answer.choices[0].message
         messages.append(message.model_dump(exclude_none=True))
