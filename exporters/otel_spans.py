@@ -8,7 +8,7 @@ each). What `ReadableSpan` skips is done here: sampling, limits, and times of ch
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +18,9 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
+from exporters.lost_spans import LostSpans
 from exporters.otel_resource import resource, version
-from exporters.otlp_sender import CAUSES, Sender
+from exporters.otlp_sender import Sender
 from exporters.span_attributes import (
     Style,
     Tally,
@@ -36,7 +37,7 @@ from exporters.span_ranks import StepRanks
 from exporters.span_transport import open_transport
 from exporters.step_sums import Plan, StepSum, TraceBudget
 from exporters.zarr_facts import limits_said
-from tracer import metric_names, semconv
+from tracer import semconv
 from tracer.config import Settings
 from tracer.figures import Figure
 from tracer.records import (
@@ -95,8 +96,8 @@ class OtelExporter:
         self._enabled = settings.trace
         self._budget = TraceBudget(settings.steps)
         self._style = Style.of(settings)
-        self._lost: Counter[str] = Counter()
-        self._sender = Sender(open_transport(settings), on_loss=self._count_lost)
+        self._lost = LostSpans(settings)
+        self._sender = Sender(open_transport(settings), on_loss=self._lost.note)
         scope = InstrumentationScope(semconv.SCOPE, version(), semconv.SCHEMA_URL)
         self._span = partial(ReadableSpan, resource=resource(), instrumentation_scope=scope)
         self._open: dict[str, _Generation] = {}
@@ -110,13 +111,10 @@ class OtelExporter:
         """Spans that will not arrive: the queue was full, or the collector did not take them."""
         return self._sender.dropped
 
-    def _count_lost(self, count: int, cause: str) -> None:
-        self._lost[cause] += count
-
     def figures(self) -> Iterable[Figure]:
-        """Spans that will not arrive."""
-        for cause in CAUSES:
-            yield Figure(metric_names.SPANS_LOST, self._lost[cause], ((semconv.DROP_CAUSE, cause),))
+        """Spans that will not arrive; asked for about once a second, which is when their captures are told."""
+        self._lost.say()
+        yield from self._lost.figures()
 
     def export(self, record: Record, payload: memoryview) -> None:
         """Take one record; never waits."""
@@ -155,7 +153,9 @@ class OtelExporter:
                 self._emit_request(family.span, family)
         self._families.clear()
         self._open.clear()
-        return self._sender.close(timeout_s)
+        sent = self._sender.close(timeout_s)
+        self._lost.say()
+        return sent
 
     def _generation_start(self, record: GenerationStart) -> None:
         if not record.sampled:

@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,8 +66,9 @@ class _Waiting:
 class Sender:
     """Owns the queue and the thread that empties it. `open_exporter` is called on that thread at the first span.
 
-    `on_loss(count, cause)` is told of every span that will not arrive, under the queue's lock, on the thread that
-    noticed: it must return at once. Causes: FULL, AWAY, REFUSED, SHUTDOWN.
+    `on_loss(count, cause, spans)` is told of every span that will not arrive, under the queue's lock, on the thread
+    that noticed: it must return at once. Where a collector refused some of a message, `spans` are all of it. Causes:
+    FULL, AWAY, REFUSED, SHUTDOWN.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Sender:
         open_exporter: Callable[[], SpanExporter],
         capacity: int = CAPACITY,
         hold_s: float = HOLD_SECONDS,
-        on_loss: Callable[[int, str], None] | None = None,
+        on_loss: Callable[[int, str, Sequence[ReadableSpan]], None] | None = None,
     ) -> None:
         self._open = open_exporter
         self._capacity = capacity
@@ -94,6 +95,7 @@ class Sender:
         self._hurry = False
         self._close_by: float | None = None
         self._closed = False
+        self._sending: list[_Waiting] = []
         self._warned: set[str] = set()
         self.dropped = 0
         """Spans that will never arrive."""
@@ -111,10 +113,10 @@ class Sender:
             if reserve:
                 room, room_bytes = room + RESERVE, room_bytes + RESERVE_BYTES
             if len(self._queue) >= room or self._weight + item.weight > room_bytes:
-                self._lose(1, FULL, "the collector is slow or gone")
+                self._lose(1, FULL, "the collector is slow or gone", [span])
                 return False
             if self._close_by is not None:
-                self._lose(1, SHUTDOWN, "the exporter was already shut down")
+                self._lose(1, SHUTDOWN, "the exporter was already shut down", [span])
                 return False
             self._queue.append(item)
             self._weight += item.weight
@@ -146,9 +148,10 @@ class Sender:
         with self._changed:
             unsent = self.waiting
             self._closed = True
+            spans = [item.span for item in (*self._sending, *self._queue)]
             self._queue.clear()
             if unsent:
-                self._lose(unsent, SHUTDOWN, "the collector did not take them in time")
+                self._lose(unsent, SHUTDOWN, "the collector did not take them in time", spans)
             if self.dropped:
                 LOG.warning("tensorspan: %d spans were lost, %d of them unsent at shutdown", self.dropped, unsent)
             return not unsent
@@ -156,10 +159,11 @@ class Sender:
     def _run(self) -> None:
         while batch := self._next_batch():
             # What the guard swallows leaves these words.
+            self._sending = batch
             lost, cause, problem = len(batch), REFUSED, "sending failed; the error is above"
             with self._guard("sending spans"):
                 lost, cause, problem = self._deliver(batch)
-            self._settle(len(batch), lost, cause, problem)
+            self._settle(batch, lost, cause, problem)
         if self._exporter is not None:
             self._exporter.shutdown()
 
@@ -204,13 +208,13 @@ class Sender:
     def _expire(self) -> None:
         """Give up what has waited too long behind the batch that cannot be sent."""
         oldest = time.monotonic() - self._hold_s
-        count = 0
+        spans = []
         while self._queue and self._queue[0].since < oldest:
+            spans.append(self._queue[0].span)
             self._take_one()
-            count += 1
-        if count:
-            self._settled += count
-            self._lose(count, AWAY, f"the collector was away for more than {self._hold_s:.0f} s")
+        if spans:
+            self._settled += len(spans)
+            self._lose(len(spans), AWAY, f"the collector was away for more than {self._hold_s:.0f} s", spans)
 
     def _next_batch(self) -> list[_Waiting]:
         """Up to BATCH spans of BATCH_BYTES; empty only at the end."""
@@ -234,20 +238,21 @@ class Sender:
     def _is_due(self) -> bool:
         return len(self._queue) >= BATCH or self._hurry or self._close_by is not None
 
-    def _settle(self, count: int, lost: int, cause: str, problem: str) -> None:
+    def _settle(self, batch: list[_Waiting], lost: int, cause: str, problem: str) -> None:
         with self._changed:
             if self._closed:  # Counted already.
                 return
-            self._settled += count
+            self._settled += len(batch)
+            self._sending = []
             if lost:
-                self._lose(lost, cause, problem)
+                self._lose(lost, cause, problem, [item.span for item in batch])
             self._changed.notify_all()
 
-    def _lose(self, count: int, cause: str, problem: str) -> None:
+    def _lose(self, count: int, cause: str, problem: str, spans: Sequence[ReadableSpan]) -> None:
         """Count lost spans; each cause is said for the first ones, the total at shutdown."""
         self.dropped += count
         if self._on_loss is not None:
-            self._on_loss(count, cause)
+            self._on_loss(count, cause, spans)
         self._say(f"lost: {cause}", f"spans are being lost ({cause}): {problem}")
 
     def _say(self, key: str, text: str) -> None:

@@ -17,7 +17,7 @@ from exporters.otel_spans import OtelExporter
 from tests.exporters.synthetic import DECODE, NOTHING, SPAN, TRACE, Synthetic, write
 from tracer.cli import main
 from tracer.config import Settings
-from tracer.records import AttentionSummary, CaptureSpec, LogitsSpec, RequestSpan, StepRecord
+from tracer.records import AttentionSummary, CaptureSpec, GenerationStart, LogitsSpec, RequestSpan, StepRecord
 
 SERVER_SPAN = "00f067aa0ba902b7"
 OTHER_TRACE, OTHER_SPAN = "f" * 32, "a" * 16
@@ -278,11 +278,12 @@ def test_token_text_is_never_markup(tmp_path: Path, run: Run) -> None:
     table = plain_table("token")
     table.add_row("plain")
     emit(table)
-    generation = Synthetic(steps=2, spec=DECODE)
-    out = write(tmp_path, generation)
-    data = (out / "token_bytes" / "c.0").read_bytes()
-    (out / "token_bytes" / "c.0").write_bytes(data.replace(b"p1 ", b"[b]"))
-    assert "'[b]'" in run("show", out)[1]
+
+    class Marked(Synthetic):
+        def start(self, **changes: Any) -> GenerationStart:
+            return super().start(prompt_token_bytes=(b"[b]",) * self.prompt)
+
+    assert "'[b]'" in run("show", write(tmp_path, Marked(steps=2, spec=DECODE)))[1]
 
 
 # -- recover -------------------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ from typing import Any
 
 import xarray as xr
 
+from tracer import config
 from tracer import member_records as names
 from tracer.capture_parts import AttentionLayers
+from tracer.store_files import spans_lost
 
 __all__ = ["CaptureMembers"]
 
@@ -23,11 +25,17 @@ class CaptureMembers(ABC):
     def _layers(self, name: str, axis: str = "layer") -> AttentionLayers: ...
 
     attrs: dict[str, Any]
+    location: str
 
     @property
     def traced(self) -> bool:
         """True if spans were made of this generation; False: its trace was not sampled, and no trace leads here."""
         return bool(self.attrs.get("traced", True))
+
+    @property
+    def spans_lost(self) -> str:
+        """Why the generation span never reached the collector; empty if nothing says so (a bucket never does)."""
+        return "" if config.is_remote(self.location) else spans_lost(config.local_path(self.location))
 
     @property
     def prompt_logits(self) -> xr.DataArray:

@@ -79,7 +79,7 @@ class Settings:
     view: bool = _setting(True, "serve captures under /tensorspan/ of vLLM's server (docs/access.md says to whom)")
     view_origins: str = _setting("", "web origins whose pages may read captures (CORS), such as https://jaeger.example")
     capture_text: bool = _setting(True, "store token bytes in captures; 0 leaves only token IDs")
-    trace: bool = _setting(True, "emit spans; a parent that is not sampled switches them off for its request")
+    trace: bool = _setting(True, "emit spans, for the requests that are sampled")
     sampling: str = _setting("", "ratio of requests traced, by path, model and tenant (docs/sampling.md); empty: all")
     tenant_header: str = _setting("", "request header that names the tenant for `sampling`, such as X-Tenant")
     steps: int = _setting(2000, "spans of single steps per trace; further steps share spans of 16, 64, 256, ... each")

@@ -206,6 +206,7 @@ def capture_facts(
     facts: dict[str, Any] = {
         "trace_id": capture.trace_id,
         "traced": capture.traced,
+        "spans_lost": capture.spans_lost,
         "span_id": capture.span_id,
         "location": capture.location,
         "model": capture.attrs["model"],
@@ -237,6 +238,7 @@ def capture_view(capture: Capture, facts: dict[str, Any]) -> RenderableType:
     state = "complete" if capture.complete else f"incomplete ({facts['status']})"
     counts = f"{capture.prompt_tokens} prompt + {capture.num_steps} output tokens"
     state += "" if capture.traced else ", no trace (not sampled)"
+    state += f", spans lost ({capture.spans_lost})" if capture.spans_lost else ""
     parts: list[RenderableType] = [
         Text(f"{capture.trace_id}/{capture.span_id}  {facts['model']}  {counts}  {state}", style="bold"),
         *(_heading("prompt", capture.prompt_text or "(token texts were not stored)")),

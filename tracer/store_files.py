@@ -17,9 +17,11 @@ from tracer.errors import CaptureNotFoundError
 
 __all__ = [
     "GROUP",
+    "SPANS_LOST",
     "CaptureName",
     "directory_of",
     "group_attributes",
+    "spans_lost",
     "step_spans",
     "stored_captures",
     "stored_traces",
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 GROUP: Final = "zarr.json"
+SPANS_LOST: Final = "spans_lost.json"
+"""Beside a capture's group if its generation span never reached the collector: why."""
 
 
 class CaptureName(NamedTuple):
@@ -40,6 +44,15 @@ class CaptureName(NamedTuple):
     def below(self, root: Path) -> Path:
         """The capture's directory in the store `root`."""
         return root / self.trace_id / self.span_id
+
+
+def spans_lost(path: Path) -> str:
+    """Why the generation span of the capture at `path` did not arrive; empty if nothing says so."""
+    try:
+        content = json.loads((path / SPANS_LOST).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(content.get("cause", "")) if isinstance(content, dict) else ""
 
 
 def directory_of(store: str | os.PathLike[str]) -> Path:

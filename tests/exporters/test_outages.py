@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -60,7 +60,7 @@ class Losses:
     def __init__(self) -> None:
         self.causes: dict[str, int] = {}
 
-    def __call__(self, count: int, cause: str) -> None:
+    def __call__(self, count: int, cause: str, spans: Sequence[ReadableSpan]) -> None:
         self.causes[cause] = self.causes.get(cause, 0) + count
 
 
