@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
+from tracer.damage import damaged
 from tracer.errors import CaptureNotFoundError
-from tracer.store_files import GROUP
+from tracer.store_files import GROUP, is_plain
 
 __all__ = ["CaptureFiles", "removed"]
 
@@ -22,17 +25,29 @@ class CaptureFiles(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """As LocalStore's, of a capture that still exists."""
-        return self._checked(await super().get(key, prototype, byte_range))
+        self._check_place(key)
+        return self._checked(key, await super().get(key, prototype, byte_range))
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """As LocalStore's, of a capture that still exists."""
-        return self._checked(super().get_sync(key, prototype=prototype, byte_range=byte_range))
+        self._check_place(key)
+        return self._checked(key, super().get_sync(key, prototype=prototype, byte_range=byte_range))
 
-    def _checked(self, value: Buffer | None) -> Buffer | None:
+    def _check_place(self, key: str) -> None:
+        """Raise DamagedError for a link out of the capture, and for a pipe, which would be waited for."""
+        place = self.root
+        for part in key.split("/"):
+            place = place / part
+            if os.path.lexists(place) and not is_plain(place):
+                raise damaged(str(place), "it is a link, a pipe or a device")
+
+    def _checked(self, key: str, value: Buffer | None) -> Buffer | None:
         if value is None and not (self.root / GROUP).exists():
             raise removed(str(self.root))
+        if value is None and key.endswith("/c.0"):  # The one chunk of a flat array, which is there before its metadata.
+            raise damaged(str(self.root / key), "the file is gone")
         return value
 
 

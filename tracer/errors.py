@@ -6,6 +6,7 @@
     ├── SettingsError (ValueError)           a setting has a value we do not understand
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     ├── CaptureNotFoundError (FileNotFoundError)  no capture at that path or span ID
+    ├── DamagedError (ValueError)            a file of a store does not hold what its format says
     ├── FormatError (ValueError)             the store was written in a format this version cannot read
     └── StoreError (OSError)                 the store cannot be written
 
@@ -18,6 +19,7 @@ __all__ = [
     "CaptureNotFoundError",
     "CaptureRequestError",
     "CaptureUnavailableError",
+    "DamagedError",
     "FormatError",
     "MissingExtraError",
     "SettingsError",
@@ -61,6 +63,10 @@ class MissingExtraError(TensorspanError, ImportError):
 
 class CaptureNotFoundError(TensorspanError, FileNotFoundError):
     """No capture at that path, or no capture holds that span ID."""
+
+
+class DamagedError(TensorspanError, ValueError):
+    """A file of a store is damaged, or declares what no capture has; the text names it and the repair."""
 
 
 class FormatError(TensorspanError, ValueError):
