@@ -81,7 +81,7 @@ def test_a_small_array_that_is_gone_is_not_a_fill_value(sound: Path, tmp_path: P
     copy = tmp_path / ("a" * 32) / sound.name
     shutil.copytree(sound, copy)
     (copy / "token_id" / "c.0").unlink()
-    with pytest.raises(DamagedError, match=r"token_id/c\.0 is missing; repair"):
+    with pytest.raises(DamagedError, match=r"token_id/c\.0"):
         _ = open_capture(copy).tokens
 
 

@@ -18,9 +18,10 @@ import zarr
 from numpy.typing import NDArray
 
 from tracer import config, remote, schema
-from tracer.capture_files import read, removed
 from tracer.capture_members import CaptureMembers
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token, join_text
+from tracer.checked_arrays import CheckedArray, open_arrays
+from tracer.damage import check_attributes, damaged
 from tracer.errors import CaptureNotFoundError, FormatError
 from tracer.rebuilt import RebuiltLayers
 from tracer.records import Region
@@ -42,6 +43,7 @@ class Capture(CaptureMembers):
         """Row of the step whose span ID opened the capture; None otherwise."""
         self.attrs: dict[str, Any] = dict(group.attrs)
         _check_format(location, self.attrs)
+        check_attributes(location, self.attrs)
         self._group = group
 
     # -- what it is --------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class Capture(CaptureMembers):
         """A one-dimensional array, read whole; empty if the capture has none."""
         if name in self._fetched:
             return self._fetched[name]
-        return np.asarray(self._array(name)[:]) if name in self._group else np.empty(0, np.int64)
+        return self._array(name)[:] if name in self._group else np.empty(0, np.int64)
 
     @cached_property
     def _fetched(self) -> dict[str, Array]:
@@ -162,6 +164,8 @@ class Capture(CaptureMembers):
         if len(edges) != count + 1:
             return [None] * count
         data = self._column("token_bytes").astype(np.uint8).tobytes()
+        if edges[0] != 0 or edges[-1] != len(data) or (np.diff(edges) < 0).any():
+            raise damaged(f"{self.location}/token_offset", "its numbers are not those of tokens in a row")
         return [data[low:high] for low, high in pairwise(edges)]
 
     # -- arrays ------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ class Capture(CaptureMembers):
                 raise KeyError(f"{what} {index} is not in this capture's attention; it has {known.tolist()}")
         self._check_head(layer, head)
         at = (step, int(np.flatnonzero(indices == layer)[0]), int(np.flatnonzero(heads == head)[0]))
-        return self._known_row(read(array, (*at, slice(self.prompt_tokens + step))), step)
+        return self._known_row(array[(*at, slice(self.prompt_tokens + step))], step)
 
     def _known_row(self, row: Array, step: int) -> Array:
         if not row.any():
@@ -261,7 +265,7 @@ class Capture(CaptureMembers):
         for name, variable in self._data.data_vars.items():
             if variable.ndim > 1:
                 array = self._array(str(name))
-                lengths = zip(variable.dims, array.shards or array.chunks, strict=True)
+                lengths = zip(variable.dims, array.shards, strict=True)
                 # Shards along `step` are powers of two: the longest is a multiple of all others.
                 sizes |= {str(dim): max(length, sizes.get(str(dim), 1)) for dim, length in lengths}
         # With a token of ours, for else dask would pickle the store to make one, which takes long for a bucket's.
@@ -275,36 +279,8 @@ class Capture(CaptureMembers):
 
     @cached_property
     def _data(self) -> xr.Dataset:
-        """Lazy, without dask: chunk bookkeeping would cost more than the rows."""
-        try:
-            return self._open()
-        except FileNotFoundError as error:
-            raise removed(self.location) from error
-        except ValueError:
-            # A writer that is (or was, when it died) between two zarr.json leaves arrays of different lengths.
-            return self._open_one_by_one()
-
-    def _open(self, **options: Any) -> xr.Dataset:
-        consolidated = self._group.metadata.consolidated_metadata is not None
-        return xr.open_dataset(
-            # Not store and group: xarray looks for consolidated metadata at the root of a store alone.
-            self._group.store_path,  # type: ignore[arg-type]
-            engine="zarr",
-            zarr_format=3,  # Nobody need look for version 2.
-            chunks=None,
-            cache=False,
-            consolidated=consolidated,
-            **options,
-        )
-
-    def _open_one_by_one(self) -> xr.Dataset:
-        names = list(self._group.array_keys())
-        parts = [self._open(drop_variables=[other for other in names if other != name]) for name in names]
-        shortest: dict[Any, int] = {}
-        for part in parts:
-            shortest |= {dim: min(size, shortest.get(dim, size)) for dim, size in part.sizes.items()}
-        cut = [part.isel({dim: slice(shortest[dim]) for dim in part.sizes}) for part in parts]
-        return xr.merge(cut, compat="override", join="override", combine_attrs="override")
+        """Lazy, without dask."""
+        return open_arrays(self.location, self._group)
 
     def _variable(self, name: str) -> xr.DataArray:
         if name not in self._data:
@@ -320,13 +296,11 @@ class Capture(CaptureMembers):
         asked = self.attrs["capture"]
         return f"{'; '.join(reasons) or 'it was not asked for'} (asked: {asked}; stored: {', '.join(self.arrays)})"
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+    def _array(self, name: str) -> CheckedArray:
+        return CheckedArray(self.location, self._group, name)
 
     def _read_row(self, name: str, step: int) -> Array:
-        row = read(self._array(name), step).astype(np.float64)
+        row = self._array(name)[step].astype(np.float64)
         if np.isnan(row).all():
             raise KeyError(f"{name} of step {step} was not stored; capture.missing: {self.missing}")
         return row
@@ -336,7 +310,7 @@ class Capture(CaptureMembers):
         if k > stored:
             raise KeyError(f"this capture holds the {stored} best logits of a step, not {k}")
         logits = self._read_row(schema.LOGITS_TOPK, step)[:k]
-        return logits, read(self._array(schema.LOGITS_TOPK_ID), step)[:k]
+        return logits, self._array(schema.LOGITS_TOPK_ID)[step][:k]
 
     def _normaliser(self, step: int, logits: Array, ids: Array) -> float:
         """logsumexp of the whole row, from the sampled token's logit and logprob if it is among the best."""

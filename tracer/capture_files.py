@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import google_crc32c
-import numpy as np
-import zarr
-from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
-from tracer.errors import CaptureNotFoundError, DamagedError, TensorspanError
-from tracer.store_files import GROUP
+from tracer.damage import damaged
+from tracer.errors import CaptureNotFoundError
+from tracer.store_files import GROUP, is_plain
 
-__all__ = ["CaptureFiles", "read", "removed"]
+__all__ = ["CaptureFiles", "removed"]
 
 CHUNK: Final = "c.0"
 """The only chunk of a small array."""
@@ -45,36 +44,35 @@ class CaptureFiles(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """As LocalStore's, of a capture that still exists."""
+        self._check_place(key)
         return self._checked(key, await super().get(key, prototype, byte_range), byte_range)
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """As LocalStore's, of a capture that still exists."""
+        self._check_place(key)
         return self._checked(key, super().get_sync(key, prototype=prototype, byte_range=byte_range), byte_range)
+
+    def _check_place(self, key: str) -> None:
+        """Raise DamagedError for a link out of the capture, and for a pipe, which would be waited for."""
+        place = self.root
+        for part in key.split("/"):
+            place = place / part
+            if os.path.lexists(place) and not is_plain(place):
+                raise damaged(str(place), "it is a link, a pipe or a device")
 
     def _checked(self, key: str, value: Buffer | None, byte_range: ByteRequest | None) -> Buffer | None:
         if value is None and not (self.root / GROUP).exists():
             raise removed(str(self.root))
+        if value is None and key.endswith(f"/{CHUNK}"):  # The one chunk of a flat array, there before its metadata.
+            raise damaged(str(self.root / key), "the file is gone")
         expected = self._expected.get(key)
-        if expected is not None and byte_range is None:
-            found = None if value is None else google_crc32c.value(value.to_bytes())
-            if found != expected:
-                what = "is missing" if value is None else "does not hold what was written (CRC-32C)"
-                raise DamagedError(f"{self.root / key} {what}; repair: take the capture from a copy, or remove it")
+        if value is None or byte_range is not None or expected is None:
+            return value
+        if google_crc32c.value(value.to_bytes()) != expected:
+            raise damaged(str(self.root / key), "it does not hold what was written (CRC-32C)")
         return value
-
-
-def read(array: zarr.Array[Any], key: Any) -> NDArray[Any]:
-    """`array[key]`; DamagedError where a chunk cannot be decoded or is not what its checksum says."""
-    try:
-        return np.asarray(array[key])
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, TensorspanError):
-            raise
-        raise DamagedError(
-            f"{array.store_path} cannot be decoded: {error}; repair: take the capture from a copy, or remove it"
-        ) from error
 
 
 def removed(location: str) -> CaptureNotFoundError:

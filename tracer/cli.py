@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from tracer import __version__, config, launch
 from tracer.config import Settings
 from tracer.errors import CaptureNotFoundError, MissingExtraError, SettingsError, StoreError, TensorspanError
+from tracer.printable import printable
 
 if TYPE_CHECKING:
     from tracer.reader import Capture
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    sys.stderr.write(f"tensorspan: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"tensorspan: {printable(' '.join(str(error).split()))}\n")
     return code
 
 
@@ -216,7 +217,7 @@ def _prune(options: argparse.Namespace) -> int:
         facts = {"store": str(root), "dry_run": options.dry_run, "bytes_freed": freed, "bytes_kept": chosen.kept}
         return _print_json({**facts, "removed": [{"path": str(item.path), "bytes": item.bytes} for item in removed]})
     for item in removed:
-        sys.stdout.write(f"{item.path}  {item.bytes} bytes\n")
+        sys.stdout.write(f"{printable(str(item.path))}  {item.bytes} bytes\n")
     done = "would be removed" if options.dry_run else "removed"
     sys.stdout.write(f"{len(removed)} {done}, {freed / 1e6:.1f} MB; {chosen.kept / 1e6:.1f} MB stay\n")
     return 0
@@ -317,7 +318,7 @@ def _find_trace(identifier: str | None, store: str) -> tuple[str, str]:
 
 
 def _print_json(value: Any) -> int:
-    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(printable(json.dumps(_finite(value), indent=2, ensure_ascii=False)) + "\n")
     return 0
 
 

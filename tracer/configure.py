@@ -6,7 +6,6 @@ The process ends by itself when the last vLLM process has gone.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import selectors
@@ -15,7 +14,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +27,7 @@ from tracer.figures import Board, Figure
 from tracer.keeper import keep
 from tracer.log_context import LOG_SPAN, LogSpan
 from tracer.log_relay import Seldom
+from tracer.queue_client import QueueClient
 from tracer.records import (
     ArrayRecord,
     EngineInfo,
@@ -70,22 +69,6 @@ NICENESS: Final = 5
 """Serving goes before writing when they want the same core; a full queue drops arrays and says so."""
 
 
-@dataclass(slots=True)
-class _Client:
-    """One connected vLLM process."""
-
-    conn: socket.socket
-    ring: Ring | None = None
-    role: str = ""
-    returning: bool = False
-    """Another exporter process has read from its ring before."""
-    greeted: bool = False
-    """The first record of its ring has been looked at."""
-    cpus: frozenset[int] = frozenset()
-    """Cores that a worker has bound itself to."""
-    flushes: list[FlushRecord] = field(default_factory=list)
-
-
 class ExporterProcess:
     """The loop; everything happens on one thread."""
 
@@ -96,7 +79,7 @@ class ExporterProcess:
         self._guard = Guard()
         self._board = Board([*exporters, self])
         self._assembler = Assembler(self._emit, time.monotonic)
-        self._clients: dict[int, _Client] = {}
+        self._clients: dict[int, QueueClient] = {}
         self._selector = selectors.DefaultSelector()
         self._cpus = frozenset(os.sched_getaffinity(0))
         self._listener = listener or _listen(path)
@@ -104,6 +87,8 @@ class ExporterProcess:
         self._stopping = False
         self._heard, self._born = False, time.monotonic()
         self._worked = False
+        self._unread = 0
+        """Records of clients that have left which could not be read."""
 
     def run(self) -> None:
         """Serve until the last client has gone or a signal asks to stop."""
@@ -133,8 +118,11 @@ class ExporterProcess:
                 role = ((semconv.QUEUE_ROLE, client.role),)
                 yield Figure(metric_names.QUEUE_USAGE, client.ring.used, role)
                 yield Figure(metric_names.QUEUE_LIMIT, client.ring.capacity, role)
-        yield Figure(metric_names.RECORDS_LOST, self._assembler.orphans, ((semconv.LOSS_PLACE, "exporter"),))
+        yield Figure(metric_names.RECORDS_LOST, self._records_lost(), ((semconv.LOSS_PLACE, "exporter"),))
         yield Figure(metric_names.EXPORTER_FAILURES, self._guard.failures.total())
+
+    def _records_lost(self) -> int:
+        return self._assembler.orphans + self._unread + sum(client.lost for client in self._clients.values())
 
     def stop(self, *_: object) -> None:
         """Signal handler: leave the loop at the next turn."""
@@ -166,7 +154,7 @@ class ExporterProcess:
             conn, _ = self._listener.accept()
         except BlockingIOError:
             return False
-        self._clients[conn.fileno()] = _Client(conn)
+        self._clients[conn.fileno()] = QueueClient(conn)
         self._selector.register(conn, selectors.EVENT_READ)
         return True
 
@@ -181,14 +169,10 @@ class ExporterProcess:
             return
         except OSError:
             data, fds = b"", []
+        known = not fds or client.meet(data, fds)
         if fds:
-            client.ring = Ring(fds[0])
-            hello = json.loads(data.split(b"\n", 1)[0])
-            client.role = hello["role"]
-            client.returning = client.ring.head > client.ring.used
-            client.cpus = frozenset(hello.get("cpus", ()) if client.role == "worker" else ())
             self._keep_off()
-        if not data:
+        if not data or not known:
             self._leave(fd)
 
     def _leave(self, fd: int) -> None:
@@ -196,6 +180,7 @@ class ExporterProcess:
             self._heard = True  # What it has sent is read now or never.
             self._drain()
         client = self._clients.pop(fd)
+        self._unread += client.lost
         self._selector.unregister(client.conn)
         client.conn.close()
         self._assembler.lost_source(fd)
@@ -237,7 +222,7 @@ class ExporterProcess:
         """Know an engine before its first generation: a worker says what it is before anything else."""
         for fd, client in list(self._clients.items()):
             ring = client.ring
-            if client.role == "api" or client.greeted or ring is None or (frame := ring.read()) is None:
+            if client.role == "api" or client.greeted or ring is None or (frame := client.read()) is None:
                 continue
             client.greeted = True
             if wire.is_engine(frame.kind):
@@ -251,14 +236,14 @@ class ExporterProcess:
             self._heard = said or self._stopping or time.monotonic() > self._born + API_SECONDS
         return self._heard
 
-    def _read(self, fd: int, client: _Client, ring: Ring, until: int) -> None:
-        while ring.head - ring.used < until and (frame := ring.read()) is not None:
+    def _read(self, fd: int, client: QueueClient, ring: Ring, until: int) -> None:
+        while ring.head - ring.used < until and (frame := client.read()) is not None:
             self._worked = True
             with self._guard("reading a record"):
-                record = wire.decode(frame.kind, frame.meta)
+                record = client.decode(frame)
                 if isinstance(record, FlushRecord):
                     client.flushes.append(record)
-                else:
+                elif record is not None:
                     self._assembler.take(fd, record, frame.payload)
             frame = None
             ring.release()

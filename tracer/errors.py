@@ -6,7 +6,7 @@
     ├── SettingsError (ValueError)           a setting has a value we do not understand
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     ├── CaptureNotFoundError (FileNotFoundError)  no capture at that path or span ID
-    ├── DamagedError (ValueError)            a file of a capture is not what was written
+    ├── DamagedError (ValueError)            a file of a store does not hold what its format says
     ├── FormatError (ValueError)             the store was written in a format this version cannot read
     └── StoreError (OSError)                 the store cannot be written
 
@@ -66,7 +66,7 @@ class CaptureNotFoundError(TensorspanError, FileNotFoundError):
 
 
 class DamagedError(TensorspanError, ValueError):
-    """A file of a capture is missing, or does not hold what its writer wrote."""
+    """A file of a store is damaged, or declares what no capture has; the text names it and the repair."""
 
 
 class FormatError(TensorspanError, ValueError):

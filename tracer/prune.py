@@ -2,6 +2,7 @@
 
 A capture goes in one step: its directory is renamed into `<root>/.trash`, where no reader looks, and only then deleted.
 So a reader finds all of it or none of it, and whatever an interrupted prune leaves is trash that the next one removes.
+Nothing is ever removed through a symbolic link.
 """
 
 from __future__ import annotations
@@ -133,14 +134,19 @@ def _capture(root: Path, name: CaptureName, known: Known | None, now_ns: int) ->
     attributes = group_attributes(path)
     if not attributes:
         return None
-    changed_ns = now_ns if attributes["closed"] else tree_changed_ns(path)
-    live = not attributes["closed"] and now_ns - changed_ns < OPEN_SECONDS * SECOND_NS
-    return Stored(path, int(attributes["start_ns"]), tree_bytes(path), name, live)
+    closed, start_ns = attributes.get("closed") is True, attributes.get("start_ns")
+    changed_ns = now_ns if closed else tree_changed_ns(path)
+    live = not closed and now_ns - changed_ns < OPEN_SECONDS * SECOND_NS
+    # Of a damaged one the files say when it was.
+    began_ns = start_ns if type(start_ns) is int else tree_changed_ns(path)
+    return Stored(path, began_ns, tree_bytes(path), name, live)
 
 
 def _span_files(root: Path) -> list[Stored]:
     """Files of spans; the name ends in the process that writes it, which may be quiet for long."""
-    out = []
+    out: list[Stored] = []
+    if (root / "spans").is_symlink():  # What it leads to is not the store's.
+        return out
     for path in (root / "spans").glob("*.jsonl"):
         with contextlib.suppress(FileNotFoundError):
             facts = path.stat()
@@ -164,7 +170,10 @@ def _discard(root: Path, capture: Path) -> bool:
 
 
 def _empty_trash(root: Path) -> None:
-    """Another prune may be doing the same."""
+    """Another prune may be doing the same. A link goes, what it leads to stays."""
+    with contextlib.suppress(OSError):
+        if (root / TRASH).is_symlink():
+            (root / TRASH).unlink()
     shutil.rmtree(root / TRASH, ignore_errors=True)
 
 

@@ -21,9 +21,10 @@ from tracer import config, remote, schema
 from tracer.capture_data import Capture
 from tracer.capture_files import CaptureFiles
 from tracer.capture_parts import Alternative, AttentionLayers, Step, Token
-from tracer.errors import CaptureNotFoundError, FormatError
+from tracer.damage import check_attributes, reading
+from tracer.errors import CaptureNotFoundError, DamagedError, FormatError
 from tracer.span_index import find_span, known_captures
-from tracer.store_files import step_spans
+from tracer.store_files import read_metadata, step_spans
 
 __all__ = [
     "Alternative",
@@ -38,6 +39,7 @@ __all__ = [
 
 MANY: Final = 10
 """Captures that an error message lists."""
+DAMAGED: Final = "damaged"
 BATCH: Final = 256
 """Captures of a bucket whose steps are looked through at once."""
 
@@ -52,7 +54,7 @@ class CaptureEntry:
     span_id: str
     model: str
     status: str
-    """`ok`, `aborted`, `error`, `interrupted`, `failed`, or `open` if the writer has not finished (or died)."""
+    """`ok`, `aborted`, `error`, `interrupted`, `failed`, `open` if the writer has not finished (or died), `damaged`."""
     complete: bool
     prompt_tokens: int
     output_tokens: int | None
@@ -75,7 +77,8 @@ def open_capture(store: str | os.PathLike[str], span_id: str | None = None) -> C
     capture's: `<trace_id>/<span_id>` or the generation's ID is what to keep.
 
     Raises CaptureNotFoundError naming what exists, FormatError if it was written in another format or version,
-    StoreError if the bucket cannot be read, MissingExtraError without the extra `s3`.
+    DamagedError naming the file that does not hold what it should, StoreError if the bucket cannot be read,
+    MissingExtraError without the extra `s3`.
     """
     root = _root(store)
     if span_id is None:
@@ -92,18 +95,31 @@ def open_capture(store: str | os.PathLike[str], span_id: str | None = None) -> C
 
 
 def find_captures(root: str | os.PathLike[str]) -> list[CaptureEntry]:
-    """All captures of a store, newest first; groups in other formats are left out."""
+    """All captures of a store, newest first; groups in other formats are left out.
+
+    One whose own metadata are damaged has the status `damaged` and the IDs of its place; nothing else is known of it.
+    """
     found = []
     paths = list(_captures_below(_root(root)))
     for path, content in zip(paths, _all_metadata(paths), strict=True):
-        attributes = content.get("attributes", {})
+        attributes = _dictionary(content.get("attributes"))
         if (attributes.get("format"), attributes.get("version")) == (schema.FORMAT, schema.VERSION):
             found.append(_entry(path, attributes, content))
     return sorted(found, key=lambda entry: -entry.start_ns)
 
 
 def _entry(path: str, attributes: dict[str, Any], content: dict[str, Any]) -> CaptureEntry:
-    arrays = (content.get("consolidated_metadata") or {}).get("metadata", {})
+    try:
+        with reading(path):
+            check_attributes(path, attributes)
+            arrays = (content.get("consolidated_metadata") or {}).get("metadata", {})
+            names = tuple(name for name, array in sorted(arrays.items()) if len(array["shape"]) > 1)
+    except DamagedError:
+        trace, _, span = path.rpartition("/")
+        return CaptureEntry(
+            path, trace.rpartition("/")[2], span, "", DAMAGED, complete=False, prompt_tokens=0, output_tokens=None,
+            start_ns=0, arrays=(),
+        )  # fmt: skip
     return CaptureEntry(
         path=path,
         trace_id=attributes["trace_id"],
@@ -114,7 +130,7 @@ def _entry(path: str, attributes: dict[str, Any], content: dict[str, Any]) -> Ca
         prompt_tokens=attributes["prompt_tokens"],
         output_tokens=attributes.get("output_tokens"),
         start_ns=attributes["start_ns"],
-        arrays=tuple(name for name, array in sorted(arrays.items()) if len(array["shape"]) > 1),
+        arrays=names,
         owner=str(attributes.get("owner", "")),
     )
 
@@ -129,9 +145,14 @@ def _open(path: str, step_index: int | None = None) -> Capture:
             files.expect(group.attrs.get("checksums"))
     except FileNotFoundError as error:
         raise CaptureNotFoundError(f"no capture at {path}; `tensorspan list` shows the captures of a store") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} is not a Zarr v3 group: {error}") from error
     return Capture(path, group, step_index)
+
+
+def _is_inside(root: str, path: str) -> bool:
+    """False for a capture of that store to which a symbolic link leads: it may be anywhere."""
+    return config.is_remote(root) or not (Path(path).is_symlink() or Path(path).parent.is_symlink())
 
 
 def _generation(root: str, trace: str, generation: str) -> Capture | None:
@@ -141,7 +162,7 @@ def _generation(root: str, trace: str, generation: str) -> Capture | None:
         if config.is_remote(root):  # Asking for its kind first would be one more request.
             with contextlib.suppress(CaptureNotFoundError):
                 return _open(path)
-        elif _kind(path) == "capture":
+        elif _is_inside(root, path) and _kind(path) == "capture":
             return _open(path)
     return None
 
@@ -152,6 +173,8 @@ def _by_span(root: str, span_id: str, *, only_steps: bool) -> Capture:
     if not config.is_remote(root):
         for name in find_span(root, span_id):
             path = str(name.below(Path(root)))
+            if not _is_inside(root, path):
+                continue
             if name.span_id == span_id and not only_steps and _kind(path) == "capture":
                 return _open(path)
             rows = np.flatnonzero(_spans_of(path) == np.uint64(int(span_id, 16)))
@@ -246,12 +269,15 @@ def _children(locations: list[str]) -> list[list[str]]:
 
 
 def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if path.is_dir() else []
+    """Its own directories: what a link leads to is not the store's."""
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
 
 
 def _kind(location: str) -> str | None:
     """`store`, `trace` or `capture`; None for anything else."""
-    kind = _all_metadata([location])[0].get("attributes", {}).get("kind")
+    kind = _dictionary(_all_metadata([location])[0].get("attributes")).get("kind")
     return kind if isinstance(kind, str) else None
 
 
@@ -264,14 +290,17 @@ def _all_metadata(locations: list[str]) -> list[dict[str, Any]]:
 
 def _file(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_metadata(path)
     except OSError:
         return None
 
 
 def _parsed(data: bytes | None) -> dict[str, Any]:
     try:
-        content = json.loads(data or b"{}")
-    except ValueError:
+        return _dictionary(json.loads(data or b"{}"))
+    except (ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def _dictionary(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -11,6 +11,7 @@ other processes; on weakly ordered CPUs the wake-up over the socket is the barri
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -55,12 +56,17 @@ class Ring:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         size = os.fstat(fd).st_size
+        if size < HEADER_BYTES + ALIGN:
+            raise ValueError(f"a ring needs {HEADER_BYTES + ALIGN} bytes or more, not {size}")
         self._map = mmap.mmap(fd, size)
         self._memory = memoryview(self._map)
         self._words = self._memory[:HEADER_BYTES].cast("Q")
         self._data = self._memory[HEADER_BYTES:]
         self.capacity = len(self._data)
-        self._pending = 0
+        self._after: int | None = None
+        """Where the frame that is being read ends."""
+        self.damaged = 0
+        """Consumer: how often the ring had to be emptied."""
 
     @classmethod
     def create(cls, capacity: int) -> Ring:
@@ -106,32 +112,53 @@ class Ring:
         return True
 
     def read(self) -> Frame | None:
-        """The next frame, or None if the ring is empty; call `release` before reading again."""
-        while self._words[TAIL] != self._words[HEAD]:
-            offset = self._offset(int(self._words[TAIL]))
+        """The next frame, or None if the ring is empty; call `release` before reading again.
+
+        A ring that holds no frames where it should (a process wrote where it must not) is emptied, and `damaged` counts
+        it: what was in it is lost, what comes later is read. This never raises, and never looks at more than is there.
+        """
+        tail, head = int(self._words[TAIL]), int(self._words[HEAD])
+        while tail != head:
+            offset = self._offset(tail)
+            room = min(head - tail, self.capacity - offset)
+            if head - tail > self.capacity or room < FRAME.size:
+                self._empty(head)
+                return None
             kind, meta_bytes, payload_bytes = FRAME.unpack_from(self._data, offset)
-            if kind == SKIP:
-                self._words[TAIL] += self.capacity - offset
+            filler = kind == SKIP
+            need = self.capacity - offset if filler else _aligned(FRAME.size + meta_bytes + payload_bytes)
+            if need > room:
+                self._empty(head)
+                return None
+            tail += need
+            if filler:
+                self._words[TAIL] = tail
                 continue
+            self._after = tail
             at = offset + FRAME.size
             body = at + meta_bytes
-            self._pending = _aligned(FRAME.size + meta_bytes + payload_bytes)
             return Frame(kind, self._data[at:body], self._data[body : body + payload_bytes])
         return None
 
+    def _empty(self, head: int) -> None:
+        self.damaged += 1
+        self._words[TAIL] = head
+
     def release(self) -> None:
         """Give the space of the frame last read back to the producer."""
-        self._words[TAIL] += self._pending
-        self._pending = 0
+        if self._after is not None:
+            self._words[TAIL] = self._after
+        self._after = None
 
     def _offset(self, position: int) -> int:
         return (position - int(self._words[BASE])) % self.capacity
 
     def close(self) -> None:
-        """Give the memory back; every frame must have been let go of before."""
-        for view in (self._words, self._data, self._memory):
-            view.release()
-        self._map.close()
+        """Give the memory back; if somebody still holds a frame, with that."""
+        with contextlib.suppress(BufferError):
+            for view in (self._words, self._data, self._memory):
+                view.release()
+            self._map.close()
         os.close(self.fd)
 
     def set_waiting(self, waiting: bool) -> bool:

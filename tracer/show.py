@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from tracer import semconv
+from tracer.printable import printable
 from tracer.reader import Capture, CaptureEntry, Token
 from tracer.spans_file import Span, Trace
 from tracer.store_files import tree_bytes
@@ -180,12 +182,20 @@ def _milliseconds(span: Span) -> float:
     return (span.end_ns - span.start_ns) / 1e6
 
 
+class _SafeConsole(Console):
+    """Shows control characters in other people's text instead of obeying them."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 def emit(*parts: RenderableType) -> None:
     """Print: in colour and in the window's width on a terminal; plain, wide and without trailing blanks elsewhere."""
     if sys.stdout.isatty():
-        Console(highlight=False).print(*parts, sep="\n")
+        _SafeConsole(highlight=False).print(*parts, sep="\n")
         return
-    console = Console(highlight=False, width=PLAIN_WIDTH)
+    console = _SafeConsole(highlight=False, width=PLAIN_WIDTH)
     with console.capture() as captured:
         console.print(*parts, sep="\n")
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))

@@ -42,6 +42,10 @@ ATTENTION_NAMES: Final = {
 }
 
 
+NO_SPANS: Final = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What a line raises that is not a message of spans."""
+
+
 @dataclass(slots=True)
 class Span:
     """One span and the spans below it."""
@@ -129,7 +133,7 @@ def trace_of_span(store: str, span_id: str) -> str | None:
 def read_spans(store: str, needle: str = "", *, newest_file: bool = False) -> Iterator[Span]:
     """Spans of `<store>/spans/*.jsonl`, newest file first; only lines that contain `needle` are parsed.
 
-    A line that is cut off (its writer was killed) is skipped.
+    A line that is cut off (its writer was killed) or holds no spans is skipped.
     """
     files = sorted(spans_directory(store).glob("*.jsonl"), reverse=True)
     for path in files[:1] if newest_file else files:
@@ -223,14 +227,13 @@ def _roots(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(roots)
 
 
-def _spans_of_line(line: str) -> Iterator[Span]:
+def _spans_of_line(line: str) -> list[Span]:
     try:
         message = json.loads(line)
-    except ValueError:
-        return
-    for resource in message.get("resourceSpans", ()):
-        for scope in resource.get("scopeSpans", ()):
-            yield from map(_span, scope.get("spans", ()))
+        scopes = [scope for resource in message.get("resourceSpans", ()) for scope in resource.get("scopeSpans", ())]
+        return [_span(item) for scope in scopes for item in scope.get("spans", ())]
+    except NO_SPANS:
+        return []
 
 
 def _span(item: dict[str, Any]) -> Span:

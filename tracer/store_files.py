@@ -1,13 +1,16 @@
 """A store as files: which directories are captures, what their groups say, how large they are.
 
 Only the standard library and only directories: the commands that walk a whole store start fast, and the exporter and
-the reader agree on what a capture is. `docs/store-format.md` has the layout.
+the reader agree on what a capture is. Symbolic links below the root are not followed: what they lead to is not the
+store's. `docs/store-format.md` has the layout.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,6 +24,8 @@ __all__ = [
     "CaptureName",
     "directory_of",
     "group_attributes",
+    "is_plain",
+    "read_metadata",
     "spans_lost",
     "step_spans",
     "stored_captures",
@@ -32,6 +37,8 @@ __all__ = [
 GROUP: Final = "zarr.json"
 SPANS_LOST: Final = "spans_lost.json"
 """Beside a capture's group if its generation span never reached the collector: why."""
+MAX_METADATA_BYTES: Final = 1 << 28
+"""A capture's `zarr.json` is some 20 kB; one of a million prompt tokens in messages of ten is 5 MB."""
 
 
 class CaptureName(NamedTuple):
@@ -79,12 +86,22 @@ def stored_captures(root: Path) -> Iterator[CaptureName]:
 def group_attributes(directory: Path) -> dict[str, Any]:
     """Attributes of a capture in our format; empty if that is none, e.g. because it was removed meanwhile."""
     try:
-        content = json.loads((directory / GROUP).read_bytes())
+        content = json.loads(read_metadata(directory / GROUP))
         attributes = content["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     ours = isinstance(attributes, dict) and attributes.get("format") == schema.FORMAT
     return attributes if ours and attributes.get("kind") == "capture" else {}
+
+
+def read_metadata(path: Path) -> bytes:
+    """A `zarr.json`; OSError if it is not there, is no plain file of this place, or is larger than any of ours."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_METADATA_BYTES:
+            raise OSError(errno.EINVAL, "not the metadata of a capture", str(path))
+        return file.read()
 
 
 def step_spans(directory: Path) -> bytes:
@@ -92,10 +109,20 @@ def step_spans(directory: Path) -> bytes:
 
     Empty for a capture that is not closed: the array is written at the end.
     """
+    path = directory / "span_id" / "c.0"
     try:
-        return (directory / "span_id" / "c.0").read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        return path.read_bytes() if is_plain(path) and is_plain(path.parent) else b""
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return b""
+
+
+def is_plain(path: Path) -> bool:
+    """True for a file or directory that is there itself: no symbolic link, pipe or device, which may have no end."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def tree_bytes(directory: Path) -> int:
@@ -123,6 +150,6 @@ def _files(directory: Path) -> Iterator[os.stat_result]:
 def _directories(path: Path) -> list[str]:
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
     except (FileNotFoundError, NotADirectoryError):
         return []

@@ -27,7 +27,7 @@ try:
 except ImportError as missing:  # pragma: no cover - depends on the installation
     raise MissingExtraError("serve", "msgspec") from missing
 
-__all__ = ["decode", "decode_json", "encode", "encode_json", "is_engine"]
+__all__ = ["UNREADABLE", "decode", "decode_json", "encode", "encode_json", "is_engine"]
 
 KINDS: Final[dict[int, type]] = {
     1: EngineInfo,
@@ -46,6 +46,10 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODERS: Final[dict[int, Any]] = {number: msgspec.msgpack.Decoder(kind) for number, kind in KINDS.items()}
 
 
+UNREADABLE: Final = (msgspec.MsgspecError, LookupError, ValueError, RecursionError)
+"""What `decode` raises of bytes that are no record."""
+
+
 def encode(record: Record) -> tuple[int, bytes]:
     """(kind, bytes) of one record."""
     return NUMBERS[type(record)], _ENCODER.encode(record)
@@ -57,7 +61,7 @@ def is_engine(kind: int) -> bool:
 
 
 def decode(kind: int, data: memoryview | bytes) -> Record:
-    """The record of that kind; raises msgspec.ValidationError if the bytes are not one."""
+    """The record of that kind; raises one of UNREADABLE if the bytes are not one."""
     record: Record = _DECODERS[kind].decode(data)
     return record
 
