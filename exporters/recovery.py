@@ -197,7 +197,7 @@ def _keep_only(directory: Path, names: Iterable[str]) -> None:
     """Remove arrays that were begun and hold nothing."""
     kept = set(names)
     for path in directory.iterdir():
-        if path.is_dir() and path.name not in kept:
+        if path.is_dir() and not path.is_symlink() and path.name not in kept:
             shutil.rmtree(path)
 
 

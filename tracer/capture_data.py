@@ -45,6 +45,7 @@ class Capture(CaptureMembers):
         _check_format(location, self.attrs)
         check_attributes(location, self.attrs)
         self._group = group
+        self._opened: dict[str, CheckedArray] = {}
 
     # -- what it is --------------------------------------------------------------------------------------------
 
@@ -297,7 +298,9 @@ class Capture(CaptureMembers):
         return f"{'; '.join(reasons) or 'it was not asked for'} (asked: {asked}; stored: {', '.join(self.arrays)})"
 
     def _array(self, name: str) -> CheckedArray:
-        return CheckedArray(self.location, self._group, name)
+        if name not in self._opened:
+            self._opened[name] = CheckedArray(self.location, self._group, name)
+        return self._opened[name]
 
     def _read_row(self, name: str, step: int) -> Array:
         row = self._array(name)[step].astype(np.float64)
