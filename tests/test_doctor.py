@@ -26,11 +26,17 @@ ANSWER = {
 }
 
 
+@pytest.fixture
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not in `tmp_path`: a name so long is not used for sockets."""
+    return tmp_path_factory.mktemp("run")
+
+
 @pytest.fixture(autouse=True)
-def _no_telemetry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_telemetry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime: Path) -> None:
     for name in [name for name in os.environ if name.startswith(("TENSORSPAN_", "OTEL_", "VLLM_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     monkeypatch.chdir(tmp_path)
 
 
@@ -165,11 +171,13 @@ def test_running_servers(tmp_path: Path) -> None:
     assert find_servers(tmp_path / "nowhere") == ()
 
 
-def test_the_printed_report(answered: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runtime = tmp_path / "run" / f"tensorspan-{os.getuid()}"
-    runtime.mkdir(parents=True)
+def test_the_printed_report(
+    answered: dict[str, Any], tmp_path: Path, runtime: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runtime / f"tensorspan-{os.getuid()}"
+    folder.mkdir()
     facts = engine(layers=3, refused=[1], logits_unsupported="no sampler here")
-    (runtime / f"{os.getpid()}-ab.engine-0.json").write_bytes(wire.encode_json(facts))
+    (folder / f"{os.getpid()}-ab.engine-0.json").write_bytes(wire.encode_json(facts))
     assert main(["doctor", "--store", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"server {os.getpid()}: tiny" in out
