@@ -20,4 +20,4 @@ def test_every_acknowledged_step_is_whole(tmp_path: Path, victim: Victim, delay_
     outcome = crash(tmp_path, victim, delay_s)
     assert outcome.problems == []
     assert outcome.stored >= outcome.acknowledged
-    assert outcome.statuses
+    assert outcome.statuses or not outcome.acknowledged, "killed before anything was there"

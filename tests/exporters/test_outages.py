@@ -188,7 +188,7 @@ def test_spans_are_given_up_after_their_time(
         threading.Event().wait(0.02)
     assert losses.causes == {CAUSE_AWAY: BATCH + 100}
     assert sender.close(1)
-    assert "waiting for the collector" in caplog.text
+    assert "spans are being lost (collector away)" in caplog.text
 
 
 @BOTH
